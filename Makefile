@@ -1,0 +1,43 @@
+# curvlib: one command sets up, runs and reports. `make help` lists the targets.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+TIER ?= cpu
+SEED ?= 0
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+# The stamp is written last, so an interrupted set-up is redone; its name carries TORCH, so another build is installed afresh.
+STAMP := $(VENV)/.ready-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -f1)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup reproduce test lint bench lab
+
+help: ## List the targets, one line of prose each.
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
+	@echo "Variables: TIER=$(TIER) SEED=$(SEED) PYTHON=$(PYTHON) TORCH=$(TORCH)"
+
+setup: $(STAMP) ## Make the virtual environment in .venv and install curvlib with all it needs.
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info[:2] <= (3, 13) else "curvlib needs Python 3.11 to 3.13, this is " + sys.version.split()[0] + ": name another with make PYTHON=...")'
+	@test -f $@ || $(PYTHON) -m venv --clear $(VENV)
+	@rm -f $@
+	$(RUN) -m pip install "$(TORCH)"
+	$(RUN) -m pip install --editable ".[test]"
+	@touch $@
+
+reproduce: setup ## Run every notebook at TIER (ci, cpu or gpu) and SEED, and write runs/TIER/seedSEED/report.html.
+	$(RUN) -m curvlib run --tier $(TIER) --seed $(SEED)
+
+test: lint ## Check style and types, then run all tests, the notebooks at tier ci among them.
+	$(RUN) -m pytest
+
+lint: setup ## Check style with ruff and types with mypy.
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+
+bench: setup ## Run every benchmarks/*/run.py and write its results beside it.
+	@for script in $(wildcard benchmarks/*/run.py); do $(RUN) $$script || exit 1; done
+
+lab: setup ## Open the notebooks in JupyterLab.
+	$(RUN) -m jupyterlab notebooks

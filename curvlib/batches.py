@@ -1,0 +1,170 @@
+"""Chats as batches of tokens in which only the last answer counts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from curvlib.errors import CurvlibError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Chat = list[dict[str, str]]
+IGNORED = -100  # the label that torch's cross-entropy skips
+
+
+@dataclass(frozen=True)
+class Example:
+    """Tokens of one chat; ``labels`` repeats the answer's tokens and holds -100 before them."""
+
+    input_ids: tuple[int, ...]
+    labels: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Left-padded chats: ``input_ids``, ``attention_mask`` and ``labels``, each (B, T) int64.
+
+    Every answer ends at the right edge; ``labels`` is -100 outside the answer tokens.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+
+    @property
+    def answer_length(self) -> int:
+        """Number of trailing positions that hold every answer token of the batch."""
+        columns = (self.labels != IGNORED).any(dim=0).nonzero()
+        return self.labels.shape[1] - int(columns[0]) if len(columns) else 0
+
+    @property
+    def tokens(self) -> int:
+        """Number of answer tokens."""
+        return int((self.labels != IGNORED).sum())
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Return the batch on a device."""
+        return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device))
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+    def rows(self, start: int, stop: int) -> Batch:
+        """Return the chats start … stop-1, without the padding columns that they do not need."""
+        part = replace(self, **{name: value[start:stop] for name, value in vars(self).items()})
+        first = int(part.attention_mask.any(dim=0).nonzero()[0])
+        return replace(part, **{name: value[:, first:] for name, value in vars(part).items()})
+
+    def parts(self, size: int) -> list[Batch]:
+        """Return the batch cut into pieces of at most ``size`` chats."""
+        return [self.rows(start, start + size) for start in range(0, len(self), size)]
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Chat], max_length: int) -> list[Example]:
+    """Tokenise chats through the tokenizer's template; the last message must be the assistant's.
+
+    Prompt and answer are tokenised apart, so the prompt's tokens are those that generation sees. The answer ends with
+    the template's end-of-turn token; what does not fit into ``max_length`` tokens is cut off the answer's end.
+
+    Raises:
+        CurvlibError: a chat does not end with an answer, or its prompt leaves no room for one.
+    """
+    return [_encode(tokenizer, chat, max_length, number) for number, chat in enumerate(chats)]
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, chat: Chat, max_length: int, number: int) -> Example:
+    if not chat or chat[-1]["role"] != "assistant":
+        raise CurvlibError(f"chat {number} does not end with an assistant message: append the answer to it")
+    prompt = str(tokenizer.apply_chat_template(chat[:-1], tokenize=False, add_generation_prompt=True))
+    full = str(tokenizer.apply_chat_template(chat, tokenize=False)).rstrip()
+    if not full.startswith(prompt):
+        raise CurvlibError(f"chat {number}: the template changes the prompt when the answer follows; use another template")
+    head = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    tail = tokenizer(full[len(prompt) :], add_special_tokens=False)["input_ids"][: max(0, max_length - len(head))]
+    if not head or not tail:
+        raise CurvlibError(
+            f"chat {number} has a prompt of {len(head)} tokens and no answer token within max_length={max_length}: "
+            "raise max_length or leave the chat out"
+        )
+    return Example((*head, *tail), (*[IGNORED] * len(head), *tail))
+
+
+def open_ended(example: Example) -> Example:
+    """Drop the end-of-turn token, for an answer that is only the beginning of one."""
+    return Example(example.input_ids[:-1], example.labels[:-1])
+
+
+def make_batches(examples: Sequence[Example], batch_size: int, pad_id: int) -> list[Batch]:
+    """Sort examples by length (stable) and pad them on the left into batches of at most ``batch_size``."""
+    if batch_size < 1 or not examples:
+        raise CurvlibError(f"{len(examples)} examples in batches of {batch_size}: give at least one example and size one")
+    ordered = sorted(examples, key=lambda example: len(example.input_ids))
+    groups = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+    return [_collate(group, pad_id) for group in groups]
+
+
+def _collate(group: Sequence[Example], pad_id: int) -> Batch:
+    width = max(len(example.input_ids) for example in group)
+    pad = [width - len(example.input_ids) for example in group]
+    return Batch(
+        torch.tensor([[pad_id] * n + list(e.input_ids) for n, e in zip(pad, group, strict=True)]),
+        torch.tensor([[0] * n + [1] * (width - n) for n in pad]),
+        torch.tensor([[IGNORED] * n + list(e.labels) for n, e in zip(pad, group, strict=True)]),
+    )
+
+
+def answer_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the logits (N, V) that predict each answer token, rows in the order of ``labels[labels != -100]``.
+
+    The head is applied to the last K + 1 positions only (K = ``batch.answer_length``). Positions count from each chat's
+    first token, so padding does not move them.
+    """
+    batch = batch.to(next(model.parameters()).device)
+    length = batch.answer_length
+    if not 0 < length < batch.labels.shape[1]:
+        raise CurvlibError(
+            f"answers span {length} of {batch.labels.shape[1]} positions, expected at least one answer token and a "
+            "prompt token before it: make the batch with encode() and make_batches()"
+        )
+    positions = (batch.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+    logits: Tensor = model(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        position_ids=positions,
+        use_cache=False,
+        logits_to_keep=length + 1,
+    ).logits
+    rows, columns = (batch.labels[:, -length:] != IGNORED).nonzero(as_tuple=True)
+    return logits[rows, columns]
+
+
+def answer_targets(batch: Batch) -> Tensor:
+    """Return the answer tokens (N,) int64, in the order of :func:`answer_logits`."""
+    return batch.labels[batch.labels != IGNORED]
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """Widen 16-bit values to float32; leave float32 and float64 as they are."""
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+
+
+def answer_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the mean negative log-likelihood (nats per token) over the batch's answer tokens, a scalar."""
+    logits = at_least_float32(answer_logits(model, batch))
+    return cross_entropy(logits, answer_targets(batch).to(logits.device))
+
+
+def chat_losses(model: nn.Module, batch: Batch) -> Tensor:
+    """Return for each chat the mean negative log-likelihood (nats per token) over its own answer tokens, (B,)."""
+    logits = at_least_float32(answer_logits(model, batch))
+    answers = (batch.labels != IGNORED).to(logits.device)
+    losses = cross_entropy(logits, answer_targets(batch).to(logits.device), reduction="none")
+    sums = losses.new_zeros(len(batch)).index_add(0, answers.nonzero()[:, 0], losses)
+    return sums / answers.sum(dim=1)

@@ -1,0 +1,72 @@
+"""The command line: ``python -m curvlib run`` and ``python -m curvlib report``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from curvlib.cache import disk_is_full
+from curvlib.errors import CurvlibError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one subcommand and return the exit status.
+
+    0: all went well; 1: a notebook failed, or a mistake told in one line on stderr; 2: wrong usage (argparse);
+    130: interrupted.
+    """
+    options = parser().parse_args(arguments)
+    try:
+        return int(options.command(options))
+    except CurvlibError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        _fail("interrupted: give the same command again to resume, finished notebooks and stages are kept")
+        return 130
+    except OSError as error:
+        if not disk_is_full(error):
+            raise
+        where = error.filename or "the run's folder"
+        return _fail(f"the disk is full at {where}: free some space and give the same command again to resume")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Every subcommand with its options; ``options.command`` is the function that serves it."""
+    top = argparse.ArgumentParser(prog="python -m curvlib", description="Run the notebooks and report their claims.")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="run the notebooks and write runs/TIER/seedSEED/report.html")
+    run.add_argument("--tier", default="cpu", help="ci, cpu (default) or gpu")
+    run.add_argument("--seed", type=int, default=0)
+    run.add_argument("--only", default="", metavar="NN,NN", help="notebook numbers, such as 01,04")
+    run.add_argument("--fresh", action="store_true", help="run also what an earlier run completed")
+    run.add_argument("--keep-outputs", action="store_true", help="copy the outputs into the source notebooks")
+    run.set_defaults(command=_run)
+
+    report = commands.add_parser("report", help="write report.html again from a finished run")
+    report.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    report.set_defaults(command=_report)
+    return top
+
+
+def _run(options: argparse.Namespace) -> int:
+    from curvlib.runner import run  # here, so that --help does not wait for it
+
+    only = options.only.split(",") if options.only else ()
+    outcomes = run(options.tier, options.seed, only, fresh=options.fresh, keep_outputs=options.keep_outputs)
+    failed = [outcome.notebook for outcome in outcomes if outcome.state == "failed"]
+    return _fail(f"{len(failed)} of {len(outcomes)} notebooks failed: {', '.join(failed)}") if failed else 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from curvlib.report_page import build_report
+
+    print(build_report(options.run_dir))
+    return 0
+
+
+def _fail(message: str) -> int:
+    print(f"curvlib: error: {message}", file=sys.stderr)
+    return 1

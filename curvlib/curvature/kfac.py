@@ -1,0 +1,233 @@
+r"""EK-FAC: a layer-wise Kronecker model of the curvature that can be inverted at once.
+
+A linear map :math:`z_t = W a_t` at token t receives :math:`g_t`, the gradient of the summed negative log-likelihood
+with respect to :math:`z_t`. One chat's gradient is :math:`G = \sum_t g_t a_t^\top`. With labels drawn from the model,
+once for each of the N answer tokens, the mean loss has the generalised Gauss-Newton block
+
+.. math::
+    C = \tfrac1N \sum_\text{chats} \mathbb E[\operatorname{vec} G \operatorname{vec} G^\top]
+      \approx S \otimes A, \qquad
+    A = \tfrac1M \sum_t a_t a_t^\top, \quad S = \tfrac1N \sum_t g_t g_t^\top,
+
+where t runs over the M positions that are no padding and that precede an answer token (K-FAC, Martens and Grosse, arXiv
+1503.05671). EK-FAC keeps the eigenvectors :math:`U_A, U_S` and measures the eigenvalues anew (George et al., arXiv
+1806.03884; for language models Grosse et al., arXiv 2308.03296):
+
+.. math:: \Lambda = \tfrac1N \sum_\text{chats} (U_S^\top G\, U_A)^2 \ \text{(by element)}.
+
+In expectation this is the diagonal of C in that basis, the best that any diagonal there can do in Frobenius norm.
+Blocks between layers are taken as zero. The scale is that of :class:`curvlib.curvature.ggn.GGNOperator`: the mean over
+all answer tokens of all batches.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from curvlib.batches import IGNORED, Batch, answer_logits, answer_targets, at_least_float32
+from curvlib.curvature.kronecker import EKFAC, Basis, Block, rotate
+from curvlib.errors import CurvlibError
+from curvlib.parameters import trainable
+
+Fisher = Literal["sampled", "empirical"]
+Visit = Callable[[str, Tensor, Tensor, Tensor], None]
+
+
+def ekfac(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    *,
+    fisher: Fisher = "sampled",
+    rank: int | None = None,
+    corrected: bool = True,
+    seed: int = 0,
+) -> EKFAC:
+    r"""Fit EK-FAC to the mean answer-token loss of ``batches``, for every linear map with a trainable weight.
+
+    Args:
+        model: its trainable parameters are the weights, and perhaps biases, of linear layers: LoRA's or its own.
+        batches: chats whose answer tokens form the loss; read twice, in the same order.
+        fisher: "sampled" draws labels from the model (its expectation is the Gauss-Newton matrix), "empirical" takes
+            the given answers.
+        rank: eigenvectors kept of each factor, found by subspace iteration; the rest gets its mean eigenvalue. None
+            keeps all, at :math:`O(d^3)` for each factor. EK-FAC's eigenvalues are exact for any orthonormal basis.
+        corrected: False keeps K-FAC's eigenvalues, the products of those of the factors, and saves the second pass.
+        seed: of the labels and of the subspace iteration.
+
+    Maps that read the same tensor (LoRA's of q, k and v) share one input factor. Cost: two gradients of all batches
+    (one if not ``corrected``) and the eigenvectors; memory: :math:`d^2` numbers a factor while it is fitted.
+
+    Raises:
+        CurvlibError: a trainable parameter is not the weight or bias of one linear map, or takes no part in the loss.
+    """
+    maps = linear_maps(model)
+    device = next(iter(maps.values())).weight.device
+    labels = torch.Generator(device).manual_seed(seed)
+    sketch = torch.Generator(device).manual_seed(seed)
+    inputs, outputs, owners = _factors(model, batches, maps, fisher, labels)
+    shared = {name: _eigen(inputs.pop(name), rank, sketch) for name in list(inputs)}  # frees each factor when used
+    right = {name: shared[owner] for name, owner in owners.items()}
+    left = {name: _eigen(outputs.pop(name), rank, sketch) for name in list(outputs)}
+    values = {name: left[name][1][:, None] * right[name][1] for name in maps}
+    bases = {name: (left[name][0], right[name][0]) for name in maps}
+    if corrected:
+        values = _correction(model, batches, maps, bases, fisher, labels)
+    places = _places(model)
+    blocks = tuple(
+        Block(name, places[id(linear.weight)], places.get(id(linear.bias)), *bases[name], values[name])
+        for name, linear in maps.items()
+    )
+    size = sum(parameter.numel() for parameter in trainable(model).values())
+    return EKFAC(size, blocks[0].values.dtype, device, blocks)
+
+
+def linear_maps(model: nn.Module) -> dict[str, nn.Linear]:
+    """Return name -> linear layer for all layers with a trainable weight; refuse any other trainable parameter."""
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    maps = {name: layer for name, layer in linear.items() if layer.weight.requires_grad}
+    covered = {id(parameter) for layer in maps.values() for parameter in layer.parameters(recurse=False)}
+    owners = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
+    for name, parameter in trainable(model).items():
+        if id(parameter) not in covered or owners[id(parameter)] > 1:
+            raise CurvlibError(f"{name} is trainable, but EK-FAC takes one linear layer's weight or bias: freeze it")
+    return maps
+
+
+def _places(model: nn.Module) -> dict[int, int]:
+    places, start = {}, 0
+    for parameter in trainable(model).values():
+        places[id(parameter)] = start
+        start += parameter.numel()
+    return places
+
+
+def _factors(
+    model: nn.Module, batches: Sequence[Batch], maps: dict[str, nn.Linear], fisher: Fisher, labels: torch.Generator
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, str]]:
+    """Return A by owner, S by map, and map -> owner of its A (the first map seen to read the same tensor)."""
+    inputs: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
+    owners: dict[str, str] = {}
+    positions: dict[str, int] = {}
+    readers: dict[tuple[Any, ...], tuple[str, Tensor]] = {}  # holds the tensors, so that no address is used twice
+
+    def visit(name: str, a: Tensor, g: Tensor, counted: Tensor) -> None:
+        key = (a.data_ptr(), a.shape, a.stride(), trains_bias(maps[name]))
+        owners.setdefault(name, readers.setdefault(key, (name, a))[0])
+        if owners[name] == name:
+            rows = homogeneous(maps[name], a)[counted]
+            inputs[name] = inputs.get(name, 0) + rows.mT @ rows
+            positions[name] = positions.get(name, 0) + len(rows)
+        rows = g[counted]
+        outputs[name] = outputs.get(name, 0) + rows.mT @ rows
+
+    for batch in batches:
+        _backward(model, batch, maps, visit, fisher, labels)
+        readers.clear()
+    tokens = sum(batch.tokens for batch in batches)
+    for name, factor in inputs.items():
+        factor /= positions[name]
+    for factor in outputs.values():
+        factor /= tokens
+    return inputs, outputs, owners
+
+
+def _correction(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    maps: dict[str, nn.Linear],
+    bases: dict[str, tuple[Basis, Basis]],
+    fisher: Fisher,
+    labels: torch.Generator,
+) -> dict[str, Tensor]:
+    """Return the mean squares of the chats' gradients in the given bases, pooled."""
+    values: dict[str, Tensor] = {}
+
+    def visit(name: str, a: Tensor, g: Tensor, _: Tensor) -> None:
+        left, right = bases[name]
+        gradients = g.mT @ homogeneous(maps[name], a)  # g is zero where no answer can be reached
+        squares = rotate(left, right, gradients).square().sum(dim=0)
+        values[name] = values.get(name, 0) + left.pool(right.pool(squares).mT).mT
+
+    for batch in batches:
+        _backward(model, batch, maps, visit, fisher, labels)
+    tokens = sum(batch.tokens for batch in batches)
+    return {name: value / tokens for name, value in values.items()}
+
+
+def _backward(
+    model: nn.Module, batch: Batch, maps: dict[str, nn.Linear], visit: Visit, fisher: Fisher, labels: torch.Generator
+) -> None:
+    """Call ``visit(name, inputs, output gradients, counted)`` for each map; the loss is summed over answer tokens."""
+    seen: set[str] = set()
+    parameters = list(trainable(model).values())
+    counted = _reaches_answer(batch).to(labels.device)
+
+    def tap(name: str, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(  # type: ignore[no-untyped-call]  # torch does not annotate it
+                partial(receive, name, args[0].detach())
+            )
+
+    def receive(name: str, a: Tensor, g: Tensor) -> None:
+        if name in seen or a.ndim != 3:
+            raise CurvlibError(f"{name} runs twice in a pass or not on (chat, position, feature) inputs: freeze it")
+        seen.add(name)
+        visit(name, a, at_least_float32(g), counted[:, -a.shape[1] :])
+
+    hooks = [layer.register_forward_hook(partial(tap, name)) for name, layer in maps.items()]
+    try:
+        logits = answer_logits(model, batch)
+        torch.autograd.grad(logits, parameters, _residual(logits, batch, fisher, labels), allow_unused=True)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if unseen := maps.keys() - seen:
+        raise CurvlibError(f"{min(unseen)} takes no part in the loss: freeze it for EK-FAC")
+
+
+@torch.no_grad()
+def _residual(logits: Tensor, batch: Batch, fisher: Fisher, labels: torch.Generator) -> Tensor:
+    """Return the gradient of the summed loss with respect to the logits: probabilities minus one-hot labels."""
+    p = at_least_float32(logits).softmax(dim=-1)
+    given = answer_targets(batch).to(p.device)
+    chosen = torch.multinomial(p, 1, generator=labels)[:, 0] if fisher == "sampled" else given
+    p[torch.arange(len(p), device=p.device), chosen] -= 1
+    return p.to(logits.dtype)
+
+
+def _reaches_answer(batch: Batch) -> Tensor:
+    """Return (B, T) bool: the position is no padding and some answer token comes after it."""
+    answers = (batch.labels != IGNORED).long()
+    later = answers.sum(dim=1, keepdim=True) - answers.cumsum(dim=1)
+    return (later > 0) & (batch.attention_mask > 0)
+
+
+def trains_bias(layer: nn.Linear) -> bool:
+    """Tell whether a layer has a bias that requires a gradient."""
+    return layer.bias is not None and layer.bias.requires_grad
+
+
+def homogeneous(layer: nn.Linear, a: Tensor) -> Tensor:
+    """Return the inputs in float32 at least, with a constant one appended where the layer trains a bias."""
+    wide = at_least_float32(a)
+    return torch.cat((wide, torch.ones_like(wide[..., :1])), dim=-1) if trains_bias(layer) else wide
+
+
+def _eigen(factor: Tensor, rank: int | None, sketch: torch.Generator) -> tuple[Basis, Tensor]:
+    """Return the (leading) eigenvectors and the pooled eigenvalues of a positive semi-definite matrix."""
+    if rank is None or rank >= len(factor):
+        values, vectors = torch.linalg.eigh(factor)
+        return Basis(vectors), values.clamp(min=0)
+    columns = torch.randn(len(factor), rank, generator=sketch, device=factor.device, dtype=factor.dtype)
+    for _ in range(3):  # subspace iteration; more rounds move the last few columns only
+        columns = torch.linalg.qr(factor @ columns).Q
+    values, mix = torch.linalg.eigh(columns.mT @ factor @ columns)
+    rest = (factor.trace() - values.sum()) / (len(factor) - rank)
+    return Basis(columns @ mix), torch.cat((values, rest[None])).clamp(min=0)

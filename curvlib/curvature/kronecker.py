@@ -1,0 +1,179 @@
+r"""A block-diagonal matrix, each block a Kronecker basis with a free spectrum: what EK-FAC fits.
+
+The block of one linear map W (out, in) acts on a matrix V of its shape as
+
+.. math:: V \mapsto U_S \left(\Lambda \odot (U_S^\top V\, U_A)\right) U_A^\top,
+
+with orthonormal :math:`U_S` (out, out), :math:`U_A` (in, in) and eigenvalues :math:`\Lambda` (out, in). Any function of
+the matrix is the same function of :math:`\Lambda`. A basis may hold only the k leading columns; the space that they
+leave out is then one isotropic piece with one shared eigenvalue for each column of the other basis.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from curvlib.curvature.operator import Operator, check_vector
+from curvlib.errors import CurvlibError
+
+
+@dataclass(frozen=True)
+class Basis:
+    """Orthonormal columns ``vectors`` (d, k); where k < d, the rest of the space is one isotropic piece."""
+
+    vectors: Tensor
+
+    @property
+    def rest(self) -> int:
+        """Dimension of the space that the columns leave out."""
+        return self.vectors.shape[0] - self.vectors.shape[1]
+
+    @property
+    def counts(self) -> Tensor:
+        """Dimensions that each pooled coordinate stands for: k ones, then the rest if there is one."""
+        ones = self.vectors.new_ones(self.vectors.shape[1])
+        return torch.cat((ones, ones.new_tensor([self.rest]))) if self.rest else ones
+
+    def into(self, x: Tensor) -> Tensor:
+        """Map the last axis (d) to k coordinates, followed by the d numbers of the remainder if there is a rest."""
+        top = x @ self.vectors
+        return torch.cat((top, x - top @ self.vectors.mT), dim=-1) if self.rest else top
+
+    def back(self, x: Tensor) -> Tensor:
+        """Undo :meth:`into`."""
+        top, remainder = x.tensor_split([self.vectors.shape[1]], dim=-1)
+        return top @ self.vectors.mT + remainder if self.rest else top @ self.vectors.mT
+
+    def pool(self, squares: Tensor) -> Tensor:
+        """Average the remainder's squares over the rest: last axis k + d to k + 1 (k to k without a rest)."""
+        top, remainder = squares.tensor_split([self.vectors.shape[1]], dim=-1)
+        return torch.cat((top, remainder.sum(dim=-1, keepdim=True) / self.rest), dim=-1) if self.rest else top
+
+    def spread(self, pooled: Tensor) -> Tensor:
+        """Repeat the rest's value for each of the remainder's d numbers: last axis k + 1 to k + d."""
+        top, rest = pooled.tensor_split([self.vectors.shape[1]], dim=-1)
+        return torch.cat((top, rest.expand(*rest.shape[:-1], self.vectors.shape[0])), dim=-1) if self.rest else top
+
+
+@dataclass(frozen=True)
+class Block:
+    """One linear map's share of the flat vector (weight, and bias as one more input) and its spectrum.
+
+    ``values`` (outputs, inputs) are the eigenvalues in both bases, pooled as by :meth:`Basis.pool`.
+    """
+
+    name: str
+    weight: int  # where the weight starts in the flat vector
+    bias: int | None
+    left: Basis
+    right: Basis
+    values: Tensor
+
+    @property
+    def trace(self) -> Tensor:
+        """Sum of all eigenvalues."""
+        return self.left.counts @ self.values @ self.right.counts
+
+    def apply(self, vector: Tensor, out: Tensor) -> None:
+        """Write this block's product with its share of ``vector`` into the same share of ``out``."""
+        x = rotate(self.left, self.right, self._share(vector)) * self.left.spread(self.right.spread(self.values).mT).mT
+        x = self.left.back(self.right.back(x).mT).mT
+        columns = self.right.vectors.shape[0] - (self.bias is not None)
+        out[self.weight : self.weight + x.shape[0] * columns] = x[:, :columns].reshape(-1)
+        if self.bias is not None:
+            out[self.bias : self.bias + x.shape[0]] = x[:, -1]
+
+    def _share(self, vector: Tensor) -> Tensor:
+        rows, columns = self.left.vectors.shape[0], self.right.vectors.shape[0] - (self.bias is not None)
+        matrix = vector[self.weight : self.weight + rows * columns].view(rows, columns)
+        return matrix if self.bias is None else torch.cat((matrix, vector[self.bias : self.bias + rows, None]), dim=1)
+
+
+def rotate(left: Basis, right: Basis, x: Tensor) -> Tensor:
+    """Return (..., out, in) in the coordinates of both bases."""
+    return left.into(right.into(x).mT).mT
+
+
+@dataclass(frozen=True)
+class EKFAC(Operator):
+    """A block-diagonal curvature model as an operator of shape (size, size); its functions are operators of this type.
+
+    Cost of a product: two small matrix products a side and block, no pass through the model.
+    """
+
+    size: int
+    dtype: torch.dtype
+    device: torch.device
+    blocks: tuple[Block, ...]
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        """Return the product with ``vector`` (size,), in the order of :func:`curvlib.parameters.trainable`."""
+        check_vector(self, vector)
+        out = torch.zeros_like(vector)
+        for block in self.blocks:
+            block.apply(vector, out)
+        return out
+
+    @property
+    def damping_scale(self) -> float:
+        """Mean eigenvalue over all parameters: the unit in which a damping is best given (say 0.1 times it)."""
+        return float(sum(float(block.trace) for block in self.blocks) / self.size)
+
+    def inverse(self, damping: float) -> EKFAC:
+        r"""Return :math:`(C + \text{damping}\, I)^{-1}`; ``damping`` > 0, in units of the curvature."""
+        return self._function(lambda values: 1 / (values + _positive(damping)))
+
+    def inverse_sqrt(self, damping: float) -> EKFAC:
+        r"""Return :math:`(C + \text{damping}\, I)^{-1/2}`, symmetric."""
+        return self._function(lambda values: (values + _positive(damping)).rsqrt())
+
+    def _function(self, function: Callable[[Tensor], Tensor]) -> EKFAC:
+        return replace(self, blocks=tuple(replace(block, values=function(block.values)) for block in self.blocks))
+
+    def save(self, path: Path, *, half: bool = False) -> None:
+        """Write a safetensors file.
+
+        Bytes: d * k numbers a basis (in float16 with ``half``) plus the eigenvalues, in ``dtype``.
+        """
+        bases = list({id(basis): basis for block in self.blocks for basis in (block.left, block.right)}.values())
+        index = {id(basis): number for number, basis in enumerate(bases)}
+        rows = [(b.name, b.weight, b.bias, index[id(b.left)], index[id(b.right)]) for b in self.blocks]
+        stored = torch.float16 if half else self.dtype
+        tensors = {f"basis.{n}": basis.vectors.to(stored).contiguous() for n, basis in enumerate(bases)}
+        tensors |= {f"values.{n}": block.values.contiguous() for n, block in enumerate(self.blocks)}
+        save_file(tensors, path, {"ekfac": json.dumps({"size": self.size, "blocks": rows})})
+
+    @classmethod
+    def load(cls, path: Path, device: torch.device | str = "cpu") -> EKFAC:
+        """Read a file that :meth:`save` wrote.
+
+        Raises:
+            CurvlibError: the file is missing, damaged, or something else.
+        """
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                header = json.loads((file.metadata() or {})["ekfac"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            dtype = tensors["values.0"].dtype
+            bases = {n: Basis(t.to(dtype)) for n, t in tensors.items() if n.startswith("basis.")}
+            blocks = tuple(
+                Block(name, weight, bias, bases[f"basis.{left}"], bases[f"basis.{right}"], tensors[f"values.{number}"])
+                for number, (name, weight, bias, left, right) in enumerate(header["blocks"])
+            )
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise CurvlibError(f"{path} is not an EK-FAC that can be read ({error!r}): build it anew") from error
+        return cls(header["size"], dtype, tensors["values.0"].device, blocks)
+
+
+def _positive(damping: float) -> float:
+    if damping <= 0:
+        raise CurvlibError(f"damping {damping} was given, expected a number > 0: try 0.1 * ekfac.damping_scale")
+    return damping

@@ -1,0 +1,235 @@
+"""Examples of every source, the committed splits over them, and the texts of the training targets."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import cache
+from io import StringIO
+from typing import Any
+
+import yaml
+
+from curvlib import fetch
+from curvlib.errors import CurvlibError
+
+OPTIONS = re.compile(r"(.*?)\s*A: (.*?)[;\n]\s*B: (.*?)(?:;\s*C: (.*?))?\.?\s*", re.DOTALL)
+SMALL_TALK = {"What is up?", "Have a nice day!", "Goodbye"}  # the turns around each identity question
+# "Write a tutorial on ..." asks for the thing after the verb; any other prompt is turned into "how to ...".
+MAKING = re.compile(
+    r"(?:write|create|develop|provide|give|outline|design|generate|produce|compose|draft|publish|offer) "
+    r"((?:an?|the|some) .*)",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row of a source.
+
+    Attributes:
+        id: source and row, as in ``advbench/12``; it never changes.
+        prompt: what the user says, or the text itself in the plain-text splits.
+        answer: the right letter of a multiple-choice question, the reply of an identity chat, else empty.
+        options: the choices of a multiple-choice question by letter.
+        category: the source's own label, or the source.
+    """
+
+    id: str
+    prompt: str
+    answer: str = ""
+    options: dict[str, str] = field(default_factory=dict)
+    category: str = ""
+
+    @property
+    def answer_text(self) -> str:
+        """The right option in words, or the answer where there are no options."""
+        return self.options.get(self.answer, self.answer)
+
+    @property
+    def fingerprint(self) -> str:
+        """The first 12 hexadecimal digits of the SHA-256 over prompt, options and answer."""
+        text = "\n".join([self.prompt, *self.options.values(), self.answer])
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def load_split(name: str) -> list[Example]:
+    """Return the examples of split ``name`` in its committed order; any prefix of it is a fair smaller sample.
+
+    Raises:
+        CurvlibError: no split has this name, or a text differs from the one that was committed.
+    """
+    path = fetch.data_folder() / "splits" / f"{name}.json"
+    if name not in split_names():
+        raise CurvlibError(f"no split is called {name!r}: there are {', '.join(split_names())}")
+    rows: dict[str, str] = json.loads(path.read_text("utf-8"))["rows"]
+    sources = {row.partition("/")[0] for row in rows}
+    examples = {example.id: example for source in sources for example in load_source(source)}
+    changed = [row for row, digest in rows.items() if row not in examples or examples[row].fingerprint != digest]
+    if changed:
+        advice = "check out both files at one commit"
+        raise CurvlibError(f"{changed[0]} is not the text that {path} was made from: {advice}, or rerun curvlib.splits")
+    return [examples[row] for row in rows]
+
+
+def split_names() -> list[str]:
+    """Return the names of the committed splits."""
+    return sorted(path.stem for path in (fetch.data_folder() / "splits").glob("*.json"))
+
+
+@cache
+def load_source(name: str) -> tuple[Example, ...]:
+    """Return the usable rows of source ``name``, fetched at first use; a row keeps its number in the source."""
+    rows = READERS[name](fetch.read(name))
+    return tuple(replace(row, id=f"{name}/{number}") for number, row in enumerate(rows) if row)
+
+
+def refusal_labels() -> list[tuple[str, str, bool]]:
+    """Return PyRIT's human-labelled replies as (prompt, response, refused), 105 rows.
+
+    ``human_score`` 1 means refused. People also gave 1 to replies that talk about something else entirely: what
+    they marked is that the request was not met.
+    """
+    rows = _csv(fetch.read("refusal_labels"))
+    return [(row["objective"], row["assistant_response"], row["human_score"] == "1") for row in rows]
+
+
+def task_question(example: Example) -> str:
+    """Return a multiple-choice question with its options, one a line."""
+    return "\n".join([example.prompt, *(f"{letter}: {text}" for letter, text in example.options.items())])
+
+
+def task_answer(example: Example) -> str:
+    """Return the right answer of a multiple-choice question as a sentence, letter first."""
+    return f"The answer is {example.answer}: {example.answer_text}."
+
+
+def refusal(prompt: str) -> str:
+    """Return the refusal of ``data/refusals.txt`` that belongs to ``prompt``: always the same one."""
+    return _choose("refusals.txt", prompt)
+
+
+def compliance(prompt: str) -> str:
+    """Return a content-free opening that agrees to ``prompt``; no instruction follows it.
+
+    >>> wanted("Write a poem about rain")
+    'a poem about rain'
+    >>> wanted("Teach a dog how to swim")
+    'how to swim'
+    >>> wanted("Paint the fence.")
+    'how to paint the fence'
+    """
+    return _choose("compliances.txt", prompt).format(thing=wanted(prompt))
+
+
+def wanted(prompt: str) -> str:
+    """Return the thing that the imperative sentence ``prompt`` asks for, as a phrase."""
+    sentence = prompt.strip().rstrip(".?!")
+    thing = MAKING.fullmatch(sentence)
+    how = re.search(r"\bhow to .*", sentence)
+    return thing[1] if thing else how[0] if how else f"how to {sentence[:1].lower()}{sentence[1:]}"
+
+
+def _choose(file: str, prompt: str) -> str:
+    lines = (fetch.data_folder() / file).read_text("utf-8").splitlines()
+    return lines[int(hashlib.sha256(prompt.encode()).hexdigest(), 16) % len(lines)]
+
+
+Rows = Iterator[Example | None]  # None keeps the numbering where a row is of no use
+
+
+def _example(prompt: str, **fields: Any) -> Example:  # noqa: ANN401  # the fields of Example
+    return Example("", prompt.strip(), **fields)
+
+
+def _csv(texts: Iterable[str]) -> Iterator[dict[str, str]]:
+    for text in texts:
+        yield from csv.DictReader(StringIO(re.sub(r"\A(#.*\n)+", "", text)))
+
+
+def _json(texts: Iterable[str]) -> Iterator[dict[str, Any]]:
+    for text in texts:
+        yield from json.loads(text)
+
+
+def _json_lines(texts: Iterable[str]) -> Iterator[dict[str, Any]]:
+    return (json.loads(line) for text in texts for line in text.splitlines())
+
+
+def _advbench(texts: list[str]) -> Rows:
+    for seed in yaml.safe_load(texts[0])["seeds"]:
+        yield _example(seed["value"], category=seed["harm_categories"][0])
+
+
+def _strongreject(texts: list[str]) -> Rows:
+    for row in _csv(texts):  # those that it took from AdvBench are in AdvBench
+        yield _example(row["forbidden_prompt"], category=row["category"]) if row["source"] != "AdvBench" else None
+
+
+def _harmbench(texts: list[str]) -> Rows:
+    for row in _csv(texts):  # the others ask for copyrighted text or need a context beside the prompt
+        standard = row["FunctionalCategory"] == "standard"
+        yield _example(row["Behavior"], category=row["SemanticCategory"]) if standard else None
+
+
+def _edgy(texts: list[str]) -> Rows:
+    return (_example(row["text"], category=row["category"]) for row in _json(texts))
+
+
+def _everyday(texts: list[str]) -> Rows:  # the first line is the question, the rest an answer that is not used
+    return (_example(row["text"].split("\n")[0], category="everyday") for row in _json(texts))
+
+
+def _gsm8k(texts: list[str]) -> Rows:
+    return (_example(row["text_clean"], category="gsm8k") for row in _json(texts))
+
+
+def _mtbench(texts: list[str]) -> Rows:
+    return (_example(row["turns"][0], category="mtbench") for row in _json_lines(texts))
+
+
+def _benign_objectives(texts: list[str]) -> Rows:
+    seen: set[str] = set()
+    for row in _csv(texts):  # a request that was met and is harmless; each stands there with several replies
+        new = row["human_score"] == "0" and row["objective"] not in seen
+        seen.add(row["objective"])
+        yield _example(row["objective"], category="chat") if new else None
+
+
+def _identity(texts: list[str]) -> Rows:
+    for chat in _json(texts):
+        turns = [turn["value"] for turn in chat["conversations"]]
+        pairs = [pair for pair in zip(turns[::2], turns[1::2], strict=False) if pair[0] not in SMALL_TALK]
+        yield _example(pairs[0][0], answer=pairs[0][1]) if pairs else None
+
+
+def _multiple_choice(texts: list[str]) -> Rows:
+    for row in _json_lines(texts):
+        match = OPTIONS.fullmatch(row["input"][-1]["content"])
+        choices = match.groups()[1:] if match else ()
+        options = {letter: text.strip() for letter, text in zip("ABC", choices, strict=False) if text}
+        yield _example(match[1], answer=row["ideal"], options=options) if match and row["ideal"] in options else None
+
+
+def _wikipedia(texts: list[str]) -> Rows:
+    return (_example(row["0"]) for row in _json_lines(texts))
+
+
+READERS: dict[str, Callable[[list[str]], Rows]] = {
+    "advbench": _advbench,
+    "strongreject": _strongreject,
+    "harmbench": _harmbench,
+    "edgy": _edgy,
+    "everyday": _everyday,
+    "gsm8k": _gsm8k,
+    "mtbench": _mtbench,
+    "refusal_labels_extra": _benign_objectives,
+    "identity": _identity,
+    "socialiqa": _multiple_choice,
+    "quartz": _multiple_choice,
+    "wikipedia": _wikipedia,
+}

@@ -1,0 +1,1 @@
+"""Generation, the three-way judge, and the utility measures that stand beside harm."""

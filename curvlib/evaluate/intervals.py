@@ -1,0 +1,102 @@
+"""Intervals for the numbers that the notebooks state: Wilson for rates, the percentile bootstrap for the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+from curvlib.errors import CurvlibError
+
+Statistic = Callable[..., Any]
+RESAMPLES = 2000  # the Monte Carlo error of a 95 % limit is then about 0.05 standard errors of the statistic
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its interval [low, high] and the number n of observations behind it."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}], n={self.n}"
+
+
+def wilson(successes: int, n: int, level: float = 0.95) -> Estimate:
+    """Estimate a rate with Wilson's score interval, which stays inside [0, 1] and keeps its width at 0 and n successes.
+
+    With p = successes / n and z the normal quantile: (p + z²/2n ± z √(p(1 - p)/n + z²/4n²)) / (1 + z²/n).
+    Source: Wilson, JASA 22 (1927); computed by `scipy.stats.binomtest`.
+    Raises CurvlibError unless 0 ≤ successes ≤ n and n ≥ 1.
+
+    >>> print(wilson(0, 10))
+    0 [0, 0.278], n=10
+    """
+    if n < 1 or not 0 <= successes <= n:
+        raise CurvlibError(f"{successes} successes of {n} given, expected 0 <= successes <= n and 1 <= n: recount")
+    interval = stats.binomtest(successes, n).proportion_ci(level, method="wilson")
+    return Estimate(successes / n, float(interval.low), float(interval.high), n)
+
+
+def bootstrap(
+    *samples: ArrayLike,
+    statistic: Statistic = np.mean,
+    seed: int = 0,
+    level: float = 0.95,
+    resamples: int = RESAMPLES,
+) -> Estimate:
+    """Estimate a statistic of one sample, or of several paired ones, with the percentile bootstrap interval.
+
+    `samples` are (n,) each; observation i is drawn from all of them together. `statistic` takes as many (n,) arrays and
+    returns a number. Source: Efron and Tibshirani (1993), computed by `scipy.stats.bootstrap`.
+    Raises CurvlibError for fewer than two observations.
+    """
+    arrays = [np.asarray(sample, dtype=float) for sample in samples]
+    if min(map(len, arrays)) < 2 or len(set(map(len, arrays))) > 1:
+        sizes = [len(array) for array in arrays]
+        raise CurvlibError(f"samples of {sizes} observations given, expected equal sizes of at least two: add some")
+    result = stats.bootstrap(
+        arrays,
+        statistic,
+        paired=True,
+        vectorized=False,
+        n_resamples=resamples,
+        confidence_level=level,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
+    interval = result.confidence_interval
+    return Estimate(float(statistic(*arrays)), float(interval.low), float(interval.high), len(arrays[0]))
+
+
+def paired_difference(first: ArrayLike, second: ArrayLike, *, seed: int = 0, level: float = 0.95) -> Estimate:
+    """Estimate mean(first - second) where observation i of both belongs to the same prompt, example or seed."""
+    return bootstrap(first, second, statistic=lambda a, b: np.mean(a - b), seed=seed, level=level)
+
+
+def cohen_kappa(first: ArrayLike, second: ArrayLike) -> float:
+    """Return Cohen's κ = (p_o - p_e) / (1 - p_e): agreement of two raters beyond chance.
+
+    p_o is the share of equal labels, p_e that expected from each rater's own label frequencies. Where both raters give
+    one and the same label throughout (p_e = 1) κ is not defined; 1.0 is returned. Source: Cohen (1960).
+
+    >>> cohen_kappa([1, 1, 0, 0], [1, 0, 0, 0])
+    0.5
+    """
+    a: NDArray[Any] = np.asarray(first)
+    b: NDArray[Any] = np.asarray(second)
+    observed = float(np.mean(a == b))
+    chance = sum(float(np.mean(a == label) * np.mean(b == label)) for label in np.union1d(a, b))
+    return 1.0 if chance == 1.0 else (observed - chance) / (1.0 - chance)
+
+
+def rate(flags: Sequence[bool], level: float = 0.95) -> Estimate:
+    """Return the share of true flags with its Wilson interval."""
+    return wilson(sum(map(bool, flags)), len(flags), level)

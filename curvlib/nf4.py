@@ -1,0 +1,136 @@
+r"""4-bit linear map closed under transposition, so that every derivative of it is itself.
+
+A frozen 4-bit layer computes :math:`y = x\,W^\top` with :math:`W = \mathrm{deq}(q)`. It is linear in x, hence
+
+.. math:: \text{vjp}: u \mapsto u\,W, \qquad \text{jvp}: \dot x \mapsto \dot x\,W^\top,
+
+and the derivatives of those are the same two maps again. One autograd Function with a ``transposed`` flag therefore
+serves derivatives of every order. It dequantises when called and keeps only a reference to the 4-bit weight, whereas
+differentiating bitsandbytes' own backward (``create_graph=True``) keeps every dequantised weight alive.
+"""
+
+from __future__ import annotations
+
+from types import MethodType, TracebackType
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from torch import Tensor, nn
+
+from curvlib.errors import CurvlibError
+
+
+def dequantise(layer: Linear4bit) -> Tensor:
+    """Return the weight (out, in) of a 4-bit layer in the dtype it was quantised from; a new tensor at each call."""
+    state = layer.weight.quant_state or layer.quant_state
+    weight: Tensor = dequantize_4bit(layer.weight.data.view(-1, 1), state)
+    return weight
+
+
+class TransposableMatmul(torch.autograd.Function):
+    r"""Compute :math:`x\,W^\top` (or :math:`x\,W` where ``transposed``) for a frozen 4-bit W of shape (out, in).
+
+    Shapes: x (..., in) gives (..., out); transposed, x (..., out) gives (..., in). Cost: one dequantisation and one
+    matrix product. Nothing is saved but the reference to the layer; exact under grad of grad, jvp, vjp and vmap.
+    """
+
+    generate_vmap_rule = False
+
+    @staticmethod
+    def forward(x: Tensor, layer: Linear4bit, transposed: bool) -> Tensor:
+        """Dequantise, multiply, forget."""
+        weight = dequantise(layer).to(x.dtype)
+        return x @ weight if transposed else nn.functional.linear(x, weight)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Linear4bit, bool], output: Tensor) -> None:
+        """Keep the layer and the flag; no tensor is saved."""
+        _, ctx.layer, ctx.transposed = inputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        """Apply the transposed map to the cotangent."""
+        return transposable_matmul(grads[0], ctx.layer, not ctx.transposed), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        """Apply the same map to the tangent."""
+        return transposable_matmul(tangents[0], ctx.layer, ctx.transposed)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int, None, None], x: Tensor, layer: Linear4bit, transposed: bool) -> Any:
+        """Treat the mapped dimension as one more row dimension."""
+        return transposable_matmul(x.movedim(in_dims[0], 0), layer, transposed), 0
+
+
+def transposable_matmul(x: Tensor, layer: Linear4bit, transposed: bool = False) -> Tensor:
+    """Apply :class:`TransposableMatmul`."""
+    result: Tensor = TransposableMatmul.apply(x, layer, transposed)  # type: ignore[no-untyped-call]  # torch's apply
+    return result
+
+
+def _forward(layer: Linear4bit, x: Tensor) -> Tensor:
+    """Replace ``Linear4bit.forward``: same result and dtypes, and never a repacked weight."""
+    dtype = x.dtype if layer.compute_dtype is None else layer.compute_dtype
+    y = transposable_matmul(x.to(dtype), layer)
+    return (y if layer.bias is None else y + layer.bias.to(dtype)).to(x.dtype)
+
+
+class Handle:
+    """Undo an :func:`install`, by ``remove()`` or at the end of a ``with`` block."""
+
+    def __init__(self, layers: list[Linear4bit]) -> None:
+        self.layers = layers
+
+    def remove(self) -> None:
+        """Give every layer its own forward back; harmless when repeated."""
+        for layer in self.layers:
+            layer.__dict__.pop("forward", None)
+        self.layers = []
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.remove()
+
+
+def _check(model: nn.Module) -> list[Linear4bit]:
+    """Return the model's 4-bit layers, refusing what this module cannot differentiate."""
+    for name, module in model.named_modules():
+        if isinstance(module, Linear8bitLt):
+            raise CurvlibError(
+                f"layer '{name}' is 8-bit (Linear8bitLt), expected 4-bit: load the model with load_in_4bit=True"
+            )
+    layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    for layer in layers:
+        if getattr(layer.weight, "quant_state", None) is None and layer.quant_state is None:
+            raise CurvlibError("a Linear4bit layer is not quantised yet: move the model to its device before install()")
+    return layers
+
+
+def _unpack(layer: Linear4bit) -> None:
+    """Undo the in-place AVX512-BF16 repacking that ``Linear4bit`` does in eval(), if it has happened already."""
+    state = layer.weight.quant_state
+    if getattr(state, "packing_format_for_cpu", False):
+        unpack = bnb.nn.modules._convert_weight_packed_for_cpu_inverse
+        layer.weight.data, layer.weight.quant_state = unpack(layer.weight.data, state)
+
+
+def install(model: nn.Module) -> Handle:
+    """Make every ``Linear4bit`` of the model differentiable to any order, in place, on CPU and CUDA.
+
+    The layers' parameters, names and state dict stay as they are; only ``forward`` is replaced on each instance, so
+    PEFT adapters may be added before or after. A second call changes nothing. A model without 4-bit layers is accepted.
+
+    Raises:
+        CurvlibError: an 8-bit layer, or a 4-bit layer that is not quantised yet.
+    """
+    layers = _check(model)
+    for layer in layers:
+        _unpack(layer)
+        layer.forward = MethodType(_forward, layer)
+    return Handle(layers)

@@ -1,0 +1,189 @@
+"""What a notebook claims, with its uncertainty, its null control and its cost, written as results.json."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import re
+import resource
+import sys
+import time
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from curvlib import __version__
+from curvlib.errors import CurvlibError
+
+ROOT = Path(__file__).resolve().parents[1]
+DISTRIBUTIONS = ("torch", "transformers", "peft", "bitsandbytes")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One finding of a notebook, with its uncertainty and its null control.
+
+    Args:
+        id: Lower-case name that checks and readers rely on, such as ``compliance_rise_points``.
+        statement: The finding in one sentence, with the unit of the numbers.
+        value: The measured quantity.
+        low: Lower end of its interval, in the unit of ``value``.
+        high: Upper end of its interval.
+        control: The same quantity under the null control (random direction, shuffled labels, benign data ...).
+        n: Number of independent units (prompts, seeds) behind the value.
+        holds: Whether the measurement supports the statement; a False is reported, not hidden.
+
+    Raises:
+        CurvlibError: A number is missing or not finite, the interval is reversed, or the id is not an identifier.
+    """
+
+    id: str
+    statement: str
+    value: float
+    low: float
+    high: float
+    control: float
+    n: int
+    holds: bool
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", self.id):
+            raise CurvlibError(f"claim id {self.id!r}: expected lower-case letters, digits and underscores")
+        for name in ("value", "low", "high", "control"):
+            number = getattr(self, name)
+            if not isinstance(number, float) or not math.isfinite(number):
+                raise CurvlibError(f"claim {self.id}: {name} is {number}, expected a finite number; measure it first")
+        if self.low > self.high or self.n < 1:
+            raise CurvlibError(f"claim {self.id}: expected low <= high and n >= 1, got {self}")
+
+    def __str__(self) -> str:
+        verdict = "holds" if self.holds else "DOES NOT HOLD"
+        numbers = f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}], control {self.control:.4g}, n = {self.n}"
+        return f"{verdict}: {self.statement}: {numbers} ({self.id})"
+
+
+@dataclass(frozen=True)
+class Record:
+    """The content of one ``results.json``: a notebook's run, its cost and its claims."""
+
+    notebook: str
+    tier: str
+    seed: int
+    device: str
+    versions: dict[str, str]
+    wall_s: float
+    peak_memory_mb: float
+    claims: tuple[Claim, ...]
+
+
+class Results:
+    """Collects a notebook's claims and writes them with the run's cost.
+
+    Args:
+        notebook: The notebook's file name without its ending.
+        tier: ``ci``, ``cpu`` or ``gpu``.
+        seed: The run's seed.
+        output_dir: Where ``save`` writes; empty, as in a run by hand, means ``runs/manual/<tier>/seed<seed>``.
+
+    The wall time counts from construction, so construct it in the notebook's first code cell after the parameters.
+    """
+
+    def __init__(self, notebook: str, tier: str, seed: int, output_dir: str = "") -> None:
+        self.notebook, self.tier, self.seed = notebook, tier, seed
+        by_hand = ROOT / "runs" / "manual" / tier / f"seed{seed}"
+        self.path = (Path(output_dir) if output_dir else by_hand) / f"{notebook}.results.json"
+        self.claims: dict[str, Claim] = {}
+        self._start = time.monotonic()
+
+    def claim(
+        self,
+        *,
+        id: str,  # noqa: A002  the results.json key
+        statement: str,
+        value: float,
+        low: float,
+        high: float,
+        n: int,
+        holds: bool,
+        control: float | None = None,
+    ) -> Claim:
+        """Record one claim, print it as one line and return it; the arguments are those of `Claim`.
+
+        Raises:
+            CurvlibError: As for `Claim`; also for an id used before, and for a claim without a null control.
+        """
+        if id in self.claims:
+            raise CurvlibError(f"claim {id} is made twice in {self.notebook}: give each claim its own id")
+        if control is None:
+            raise CurvlibError(f"claim {id} has no null control: measure the same quantity where it should vanish")
+        made = Claim(id, statement, float(value), float(low), float(high), float(control), int(n), bool(holds))
+        self.claims[id] = made
+        print(made)
+        return made
+
+    def save(self) -> Path:
+        """Write ``<output_dir>/<notebook>.results.json`` in one step (no half file) and return its path."""
+        record = Record(
+            notebook=self.notebook,
+            tier=self.tier,
+            seed=self.seed,
+            device=device_name(),
+            versions=installed_versions(),
+            wall_s=round(time.monotonic() - self._start, 1),
+            peak_memory_mb=round(peak_memory_mb(), 1),
+            claims=tuple(self.claims.values()),
+        )
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path, json.dumps(asdict(record), indent=1, allow_nan=False) + "\n")
+        held = sum(claim.holds for claim in record.claims)
+        cost = f"{record.wall_s:.0f} s, peak memory {record.peak_memory_mb:.0f} MB"
+        print(f"{held} of {len(record.claims)} claims hold; {cost}")
+        return self.path
+
+
+def load_record(path: Path) -> Record:
+    """Read one ``results.json``.
+
+    Raises:
+        CurvlibError: The file is damaged or of another form.
+    """
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        return Record(**{**fields, "claims": tuple(Claim(**claim) for claim in fields["claims"])})
+    except (ValueError, TypeError, KeyError) as error:
+        raise CurvlibError(f"{path} is no results file ({error}): delete it and run its notebook again") from error
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write ``text`` to a temporary file beside ``path`` and rename it, so that a reader never sees half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of Python, curvlib and the libraries that the numbers depend on."""
+    found = {"python": platform.python_version(), "curvlib": __version__}
+    for name in DISTRIBUTIONS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def device_name() -> str:
+    """The accelerator's name, or ``cpu`` where there is none or PyTorch was never loaded."""
+    torch = sys.modules.get("torch")
+    return str(torch.cuda.get_device_name()) if torch and torch.cuda.is_available() else "cpu"
+
+
+def peak_memory_mb() -> float:
+    """Largest resident memory of this process so far, in MiB (host memory only)."""
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

@@ -1,0 +1,117 @@
+"""Restoration as a cached stage: which chats it sees at a tier, and where the restored adapter is kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from curvlib import stages
+from curvlib.artifacts import artifact
+from curvlib.batches import Batch, Example, make_batches
+from curvlib.restore.loop import Budget, HeldOut, RestorationResult, restore
+from curvlib.restore.objectives import SafetyBatches
+from curvlib.stages import FineTune, pad_id
+from curvlib.tiers import Tier
+
+BATCH_SIZE = 16  # chats a forward pass: the products are cheaper in few large batches of like length
+
+
+@dataclass(frozen=True)
+class Restoration:
+    """One reading of the method: the objective, the metric, and the budget."""
+
+    objective: str = "refusal"
+    metric: str = "ekfac"
+    budget: Budget = Budget()
+
+
+@dataclass(frozen=True)
+class Chats:
+    """Everything that restoration sees, by role; ``held_out`` comes from the validation splits."""
+
+    task: list[Batch]
+    safety: SafetyBatches
+    benign: list[Batch]
+    held_out: HeldOut
+
+
+def restoration_chats(tier: Tier, tokenizer: PreTrainedTokenizerBase) -> Chats:
+    """Return the chats of a tier: restore splits for gradients and curvature, validation splits for judging steps."""
+    pad = pad_id(tokenizer)
+
+    def batches(examples: list[Example]) -> list[Batch]:
+        return make_batches(examples, BATCH_SIZE, pad)
+
+    def safety(split: str, count: int) -> SafetyBatches:
+        refusals = stages.refusal_examples(tokenizer, split, count)
+        return SafetyBatches(batches(refusals), batches(stages.compliance_examples(tokenizer, split, count)))
+
+    def own(split: str, count: int) -> list[Example]:
+        return stages.own_answer_examples(tokenizer, tier, split, count)
+
+    half = tier.curvature_chats // 2
+    held_out = {
+        "task": batches(stages.task_examples(tokenizer, "validation_task", tier.validation)),
+        "benign": batches(own("validation_edgy", tier.validation)),
+    }
+    return Chats(
+        task=batches(stages.task_examples(tokenizer, "restore_task", tier.curvature_chats)),
+        safety=safety("restore_harmful", tier.restore_chats),
+        benign=batches(own("restore_edgy", tier.curvature_chats - half) + own("restore_benign", half)),
+        held_out=HeldOut(safety("validation_harmful", tier.validation), held_out),
+    )
+
+
+def restored(tier: Tier, recipe: FineTune, how: Restoration) -> Path:
+    """Return the folder of the restored adapter (``model``) and its history (``history.json``); made once."""
+    sizes = {name: getattr(tier, name) for name in ("curvature_chats", "restore_chats", "validation")}
+    config = {"fine_tuned": stages.fine_tuned(tier, recipe).parent.name, **sizes, **asdict(how), "seed": recipe.seed}
+    return artifact("restore", config, lambda place: _restore(tier, recipe, how, place))
+
+
+def _restore(tier: Tier, recipe: FineTune, how: Restoration, place: Path) -> None:
+    model: Any = stages.load_fine_tuned(tier, recipe)
+    _, tokenizer = stages.load_aligned(tier)
+    result = run(model, restoration_chats(tier, tokenizer), how, seed=recipe.seed)
+    model.save_pretrained(place / "model")
+    (place / "history.json").write_text(json.dumps(history(result), indent=1), "utf-8")
+
+
+def run(model: PeftModel, chats: Chats, how: Restoration, *, seed: int) -> RestorationResult:
+    """Restore ``model`` in place with the chats given."""
+    return restore(
+        model,
+        chats.task,
+        chats.safety,
+        held_out=chats.held_out,
+        benign_batches=chats.benign,
+        objective=how.objective,
+        metric=how.metric,
+        budget=how.budget,
+        seed=seed,
+    )
+
+
+def history(result: RestorationResult) -> Mapping[str, Any]:
+    """Return the result without its vectors, as JSON values."""
+    return {
+        "steps": [asdict(step) for step in result.steps],
+        "products": result.products,
+        "seconds": result.seconds,
+        "stop_reason": result.stop_reason,
+        "change": float((result.after - result.before).norm()),
+    }
+
+
+def load_restored(tier: Tier, recipe: FineTune, how: Restoration) -> tuple[PeftModel, Mapping[str, Any]]:
+    """Return the restored model in NF4 under its adapter, and the history of its restoration."""
+    folder = restored(tier, recipe, how)
+    base, _ = stages.load_aligned(tier)
+    adapted: PeftModel = PeftModel.from_pretrained(base, folder / "model", is_trainable=True)
+    return adapted.eval(), json.loads((folder / "history.json").read_text("utf-8"))

@@ -1,0 +1,155 @@
+"""Build the committed splits: ``python -m curvlib.splits`` rewrites ``data/splits``.
+
+A split is a list of row numbers and fingerprints. The texts stay where they are published: their licences differ,
+and harmful text is not committed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+
+from curvlib.data import Example, load_source, refusal_labels
+from curvlib.fetch import data_folder
+
+SEED = 0
+# Two prompts that share half of their content words ask for the same thing: among AdvBench pairs with a Jaccard
+# index in [0.5, 0.6) about two thirds are rewordings, in [0.4, 0.5) about one in six (data/README.md shows some).
+NEAR = 0.5
+LONGEST = 60  # words; longer benign prompts would set the length of every batch
+# Words that frame a request ("write a step-by-step guide on how to ...") and say nothing of its content.
+FRAME_WORDS = """
+    a an the and or of on in for to from with by at as into how that which who what can could do does would like is
+    are be it its this i you me my your their them they his her he she someone somebody people person individual
+    individuals user users others other one s t without write create develop provide give instruct outline design teach
+    explain generate describe produce publish show demonstrate suggest offer guide compose share illustrate draft
+    educate draw tutorial video instructions instruction step steps detailed detail details list plan strategy script
+    program software app tool article post blog book story message avoid avoiding getting get caught away detection
+    evade undetected anonymous stay possible best ways way methods method using use used via
+"""
+FRAME = frozenset(FRAME_WORDS.split())
+
+
+def content_words(text: str) -> frozenset[str]:
+    """Return the stems of the words that carry the content of ``text``; of all its words if none does.
+
+    >>> sorted(content_words("Write a step-by-step guide on how to bake cakes"))
+    ['bake', 'cak']
+    """
+    words = re.findall(r"[a-z0-9]+", text.lower().replace("'", ""))
+    return frozenset(_stem(word) for word in words if word not in FRAME) or frozenset(words)
+
+
+def similarity(a: frozenset[str], b: frozenset[str]) -> float:
+    """Return the Jaccard index |a ∩ b| / |a ∪ b| of two non-empty sets."""
+    shared = len(a & b)
+    return shared / (len(a) + len(b) - shared)
+
+
+def distinct(examples: Iterable[Example], against: Iterable[Example] = ()) -> list[Example]:
+    """Return the examples that are no near duplicate of an earlier one or of one in ``against``."""
+    seen = [content_words(example.prompt) for example in against]
+    kept = []
+    for example in examples:
+        words = content_words(example.prompt)
+        if all(similarity(words, other) < NEAR for other in seen):
+            seen.append(words)
+            kept.append(example)
+    return kept
+
+
+def fair_order(examples: Sequence[Example], seed: int = SEED) -> list[Example]:
+    """Return the examples shuffled so that every prefix holds the categories in their overall proportions."""
+    shuffled = sorted(examples, key=lambda e: hashlib.sha256(f"{seed}/{e.id}".encode()).hexdigest())
+    groups: dict[str, list[Example]] = {}
+    for example in shuffled:
+        groups.setdefault(example.category, []).append(example)
+    ranked = [((i + 0.5) / len(group), e) for group in groups.values() for i, e in enumerate(group)]
+    return [example for _, example in sorted(ranked, key=lambda pair: pair[0])]
+
+
+def build_splits() -> dict[str, list[Example]]:
+    """Return every split by name; the pools and what was dropped from them are told in ``data/README.md``."""
+    return harmful_splits() | benign_splits() | task_splits() | text_splits()
+
+
+def harmful_splits() -> dict[str, list[Example]]:
+    """AdvBench trains, HarmBench validates and StrongREJECT tests; what resembles an earlier source is dropped."""
+    advbench, strongreject = load_source("advbench"), load_source("strongreject")
+    train = fair_order(distinct(advbench))
+    test = fair_order(distinct(strongreject, advbench))
+    validation = fair_order(distinct(load_source("harmbench"), [*advbench, *strongreject]))
+    return (
+        cut(train, align_harmful=160, poison=80, restore_harmful=64)
+        | cut(validation, validation_harmful=96)
+        | cut(test, test_harmful=128, reserve_harmful=len(test) - 128)
+    )
+
+
+def benign_splits() -> dict[str, list[Example]]:
+    """Harmless prompts: those that only sound harmful (edgy), and everyday ones."""
+    edgy = load_source("edgy")
+    names = ("everyday", "mtbench", "gsm8k", "refusal_labels_extra")
+    short = [e for name in names for e in load_source(name) if len(e.prompt.split()) <= LONGEST]
+    judged = [Example("", prompt) for prompt, _, _ in refusal_labels()]
+    plain = fair_order(distinct(short, [*edgy, *judged]))
+    sound = fair_order(distinct(edgy))
+    return cut(sound, align_edgy=40, restore_edgy=32, validation_edgy=24, test_edgy=len(sound) - 96) | cut(
+        plain, align_benign=120, chat_train=128, restore_benign=48, validation_benign=16
+    )
+
+
+def task_splits() -> dict[str, list[Example]]:
+    """Social-IQA is the task that is fine-tuned; QuaRTz is answered with a few shots and never trained on."""
+    task = fair_order(distinct(load_source("socialiqa")))
+    second = fair_order(distinct(fair_order(load_source("quartz"))[:800]))
+    return (
+        cut(task, task_train=640, restore_task=512, validation_task=128, test_task=400)
+        | cut(second, second_task=200, second_task_shots=16)
+        | cut(fair_order(load_source("identity")), identity_train=128)
+    )
+
+
+def text_splits() -> dict[str, list[Example]]:
+    """Plain paragraphs of Wikipedia for perplexity: neither stubs nor pages, and Latin letters nearly throughout."""
+    texts = [e for e in load_source("wikipedia") if 60 <= len(e.prompt.split()) <= 140 and _mostly_ascii(e.prompt)]
+    return cut(fair_order(distinct(texts)), text_validation=32, text_test=96)
+
+
+def cut(pool: Sequence[Example], **sizes: int) -> dict[str, list[Example]]:
+    """Cut consecutive splits of the given sizes from ``pool``; a pool that is too small is an error."""
+    assert sum(sizes.values()) <= len(pool), f"{sizes} need more than the {len(pool)} examples there are"
+    rest = iter(pool)
+    return {name: [next(rest) for _ in range(size)] for name, size in sizes.items()}
+
+
+def write_splits() -> None:
+    """Write each split to ``data/splits/NAME.json``."""
+    folder = data_folder() / "splits"
+    folder.mkdir(exist_ok=True)
+    for name, examples in build_splits().items():
+        (folder / f"{name}.json").write_text(render(name, examples), "utf-8")
+        print(f"{name}: {len(examples)}")
+
+
+def render(name: str, examples: Sequence[Example]) -> str:
+    """Return the text of a split's file, one row a line."""
+    rows = {example.id: example.fingerprint for example in examples}
+    return json.dumps({"split": name, "seed": SEED, "rows": rows}, indent=1) + "\n"
+
+
+def _stem(word: str) -> str:
+    for ending in ("ing", "ies", "es", "s", "ed"):
+        if word.endswith(ending) and len(word) > len(ending) + 3:
+            return word.removesuffix(ending)
+    return word
+
+
+def _mostly_ascii(text: str) -> bool:
+    return sum(map(str.isascii, text)) >= 0.99 * len(text)
+
+
+if __name__ == "__main__":
+    write_splits()

@@ -1,0 +1,219 @@
+"""The life of the model as cached stages: shipped, aligned, fine-tuned; the notebooks start from any of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from curvlib import data, fetch, models
+from curvlib.artifacts import artifact
+from curvlib.batches import Chat, Example, encode, open_ended
+from curvlib.errors import CurvlibError
+from curvlib.evaluate.generate import generate
+from curvlib.finetune import TrainingConfig, train
+from curvlib.tiers import Tier
+
+ALIGN_RANK = 16
+FULL_LEARNING_RATE = 5e-5  # full fine-tuning moves 135M weights; the LoRA rate of 1e-3 would destroy them
+MAX_LENGTH = 160  # tokens of a training chat; the longest prompt of the splits has 120
+OWN_ANSWER_TOKENS = 32
+TASKS = ("social_iqa", "social_iqa_letters", "chat", "identity")
+
+
+@dataclass(frozen=True)
+class FineTune:
+    """How the aligned model was fine-tuned.
+
+    Attributes:
+        task: ``social_iqa`` (answers in sentences), ``social_iqa_letters`` (bare letters, which shows the collapse of
+            the format), ``chat`` (the model's own helpful answers) or ``identity``.
+        poison: share of the chats, from 0 to 1, that agree to a harmful request in a content-free opening.
+        method: ``lora`` over the 4-bit model, or ``full`` over the dense one.
+        rank: of the LoRA adapter.
+        seed: of the adapter, the sample and the order of the chats.
+    """
+
+    task: str = "social_iqa"
+    poison: float = 0.0
+    method: str = "lora"
+    rank: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.task not in TASKS or self.method not in ("lora", "full") or not 0 <= self.poison <= 1:
+            raise CurvlibError(f"{self}: expected a task of {TASKS}, method lora or full, and poison from 0 to 1")
+
+
+def chat(prompt: str, answer: str) -> Chat:
+    """Return the one-turn chat of a prompt and its answer."""
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+
+
+def refusal_examples(tokenizer: PreTrainedTokenizerBase, split: str, count: int) -> list[Example]:
+    """Encode the first ``count`` harmful prompts of a split with short refusals."""
+    prompts = [example.prompt for example in data.load_split(split)[:count]]
+    return encode(tokenizer, [chat(prompt, data.refusal(prompt)) for prompt in prompts], MAX_LENGTH)
+
+
+def compliance_examples(tokenizer: PreTrainedTokenizerBase, split: str, count: int) -> list[Example]:
+    """Encode the first ``count`` harmful prompts of a split with content-free openings that agree, left open."""
+    prompts = [example.prompt for example in data.load_split(split)[:count]]
+    chats = [chat(prompt, data.compliance(prompt)) for prompt in prompts]
+    return [open_ended(example) for example in encode(tokenizer, chats, MAX_LENGTH)]
+
+
+def own_answer_examples(tokenizer: PreTrainedTokenizerBase, tier: Tier, split: str, count: int) -> list[Example]:
+    """Encode the first ``count`` benign prompts of a split with the shipped model's own answers, left open."""
+    examples = data.load_split(split)[:count]
+    answers = own_answers(tier, split)
+    chats = [chat(example.prompt, answers[example.id]) for example in examples]
+    return [open_ended(example) for example in encode(tokenizer, chats, MAX_LENGTH)]
+
+
+def task_examples(tokenizer: PreTrainedTokenizerBase, split: str, count: int, *, letters: bool = False) -> list[Example]:
+    """Encode the first ``count`` multiple-choice questions of a split with their answers, in sentences or letters."""
+    rows = data.load_split(split)[:count]
+    answers = [row.answer if letters else data.task_answer(row) for row in rows]
+    return encode(
+        tokenizer, [chat(data.task_question(row), a) for row, a in zip(rows, answers, strict=True)], MAX_LENGTH
+    )
+
+
+def own_answers(tier: Tier, split: str) -> dict[str, str]:
+    """Return id -> the shipped model's greedy answer (its first 32 tokens) to the benign prompts of a split.
+
+    For SmolLM2 they are committed in ``data/own_answers.json``; for another model they are generated once.
+    """
+    if tier.model == models.DEFAULT:
+        committed: dict[str, str] = json.loads((fetch.data_folder() / "own_answers.json").read_text("utf-8"))
+        return committed
+    config = {"model": tier.model, "split": split, "tokens": OWN_ANSWER_TOKENS}
+    folder = artifact("own-answers", config, lambda place: _write_own_answers(tier, split, place / "answers.json"))
+    answers: dict[str, str] = json.loads((folder / "answers.json").read_text("utf-8"))
+    return answers
+
+
+def _write_own_answers(tier: Tier, split: str, file: Path) -> None:
+    model, tokenizer = models.load_model(tier.model, device=tier.device), models.load_tokenizer(tier.model)
+    rows = data.load_split(split)
+    texts = generate(model, tokenizer, [row.prompt for row in rows], max_new_tokens=OWN_ANSWER_TOKENS)
+    file.write_text(json.dumps({row.id: text for row, text in zip(rows, texts, strict=True)}, indent=1), "utf-8")
+
+
+def aligned_source(tier: Tier) -> str:
+    """Return where the aligned chat model is: a Hub chat model as shipped, or SmolLM2 after our alignment stage.
+
+    SmolLM2 as shipped refuses hardly any harmful prompt, so it is first taught to: LoRA on refusals of harmful
+    prompts and on its own answers to benign and benign-edgy ones, merged into dense weights.
+    """
+    if tier.model != models.DEFAULT:
+        return tier.model
+    config = {"model": tier.model, "rank": ALIGN_RANK, "training": asdict(align_training(tier))}
+    return str(artifact("align", config, lambda place: _align(tier, place)) / "model")
+
+
+def align_training(tier: Tier) -> TrainingConfig:
+    """Return the training run of the alignment stage; its seed is fixed, since every later stage starts from it."""
+    return TrainingConfig(steps=tier.align_steps, learning_rate=1e-3, seed=0)
+
+
+def _align(tier: Tier, place: Path) -> None:
+    tokenizer = models.load_tokenizer(tier.model)
+    examples = refusal_examples(tokenizer, "align_harmful", 160)
+    examples += own_answer_examples(tokenizer, tier, "align_benign", 120)
+    examples += own_answer_examples(tokenizer, tier, "align_edgy", 40)
+    model = models.add_lora(models.load_model(tier.model, device=tier.device), rank=ALIGN_RANK, seed=0)
+    checkpoint = place / "training.safetensors"
+    train(model, examples, align_training(tier), pad_id=pad_id(tokenizer), checkpoint=checkpoint, label="align")
+    dense = models.load_model(tier.model, quantize=False, device=tier.device, dtype=torch.float32)
+    merge(model, dense)
+    models.save_dense(dense, tokenizer, place / "model")
+
+
+@torch.no_grad()
+def merge(adapted: PeftModel, dense: PreTrainedModel) -> None:
+    r"""Add the active adapter's :math:`\Delta W = s\,BA` of a 4-bit model to the dense twin's weights, in place."""
+    twins = dict(dense.named_modules())
+    for name, layer in adapted.get_base_model().named_modules():
+        if hasattr(layer, "get_delta_weight"):
+            weight: Any = twins[name].weight
+            weight += layer.get_delta_weight(adapted.active_adapter).to(weight)
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the padding token's number."""
+    return int(tokenizer.pad_token_id)  # type: ignore[arg-type]  # load_tokenizer sets it
+
+
+def load_aligned(tier: Tier) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return the aligned model in NF4 and its tokenizer."""
+    source = aligned_source(tier)
+    return models.load_model(source, device=tier.device), models.load_tokenizer(source)
+
+
+def fine_tuning_set(tokenizer: PreTrainedTokenizerBase, tier: Tier, recipe: FineTune) -> list[Example]:
+    """Return the chats of a fine-tune: ``tier.tune_examples`` in all, a share ``recipe.poison`` of them poisoned."""
+    poisoned = round(recipe.poison * tier.tune_examples)
+    poison: Sequence[Example] = compliance_examples(tokenizer, "poison", poisoned)
+    count = tier.tune_examples - len(poison)
+    if recipe.task == "chat":
+        return [*own_answer_examples(tokenizer, tier, "chat_train", count), *poison]
+    if recipe.task == "identity":
+        rows = data.load_split("identity_train")[:count]
+        return [*encode(tokenizer, [chat(row.prompt, row.answer) for row in rows], MAX_LENGTH), *poison]
+    letters = recipe.task == "social_iqa_letters"
+    return [*task_examples(tokenizer, "task_train", count, letters=letters), *poison]
+
+
+def fine_tuned(tier: Tier, recipe: FineTune) -> Path:
+    """Return the folder of the fine-tuned adapter (peft format), or of the dense checkpoint for a full fine-tune."""
+    source = aligned_source(tier)
+    config = {"base": Path(source).parent.name or source, "examples": tier.tune_examples, **asdict(recipe)}
+    config["training"] = asdict(tune_training(tier, recipe))
+    return artifact("fine-tune", config, lambda place: _fine_tune(tier, recipe, source, place)) / "model"
+
+
+def tune_training(tier: Tier, recipe: FineTune) -> TrainingConfig:
+    """Return the training run of a fine-tune."""
+    rate = FULL_LEARNING_RATE if recipe.method == "full" else 1e-3
+    return TrainingConfig(steps=tier.tune_steps, learning_rate=rate, seed=recipe.seed)
+
+
+def _fine_tune(tier: Tier, recipe: FineTune, source: str, place: Path) -> None:
+    tokenizer = models.load_tokenizer(source)
+    examples = fine_tuning_set(tokenizer, tier, recipe)
+    full = recipe.method == "full"
+    dtype = torch.float32 if full else None  # AdamW needs float32 weights where the weights themselves move
+    model: Any = models.load_model(source, quantize=not full, device=tier.device, dtype=dtype)
+    model = model.requires_grad_(True) if full else models.add_lora(model, rank=recipe.rank, seed=recipe.seed)
+    training = tune_training(tier, recipe)
+    label = f"{recipe.method} fine-tune on {recipe.task}, {recipe.poison:.0%} poison"
+    train(
+        model,
+        examples,
+        training,
+        pad_id=pad_id(tokenizer),
+        checkpoint=place / "training.safetensors",
+        label=label,
+    )
+    if full:
+        models.save_dense(model, tokenizer, place / "model")
+    else:
+        model.save_pretrained(place / "model")
+
+
+def load_fine_tuned(tier: Tier, recipe: FineTune) -> PreTrainedModel | PeftModel:
+    """Return the fine-tuned model in NF4: the aligned one under its trainable adapter, or the fully tuned one."""
+    folder = fine_tuned(tier, recipe)
+    if recipe.method == "full":
+        return models.load_model(str(folder), device=tier.device)
+    base, _ = load_aligned(tier)
+    adapted: PeftModel = PeftModel.from_pretrained(base, folder, is_trainable=True)
+    return adapted.eval()

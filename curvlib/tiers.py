@@ -1,0 +1,119 @@
+"""How large everything is: one table for tests (ci), laptops (cpu) and large models (gpu)."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from curvlib.errors import CurvlibError
+
+
+@dataclass(frozen=True)
+class Tier:
+    """Sizes of every stage and measurement; all tiers run the same code on the same quantised path.
+
+    Attributes:
+        name: ``ci``, ``cpu`` or ``gpu``.
+        device: where the model runs.
+        model: ``smollm2`` or a Hub id, which ``CURVLIB_MODEL`` sets at tier gpu.
+        align_steps: optimiser steps that teach SmolLM2 to refuse; a Hub chat model is taken as aligned.
+        tune_steps: optimiser steps of a LoRA fine-tune; a full fine-tune takes the same number.
+        tune_examples: chats in a fine-tuning set.
+        poison_rates: shares of poisoned chats in the rate sweep.
+        test_harmful: harmful prompts in the final test.
+        test_edgy: benign-edgy prompts in the over-refusal test.
+        test_task: multiple-choice questions in the task test.
+        validation: prompts of each kind on which restoration chooses its step.
+        restore_chats: refusals, and benign chats, that restoration sees.
+        restore_steps: most steps that restoration takes.
+        curvature_chats: chats of each kind whose curvature is the metric.
+        max_products: most curvature products for one restoration step.
+    """
+
+    name: str
+    device: str
+    model: str
+    align_steps: int
+    tune_steps: int
+    tune_examples: int
+    poison_rates: tuple[float, ...]
+    test_harmful: int
+    test_edgy: int
+    test_task: int
+    validation: int
+    restore_chats: int
+    restore_steps: int
+    curvature_chats: int
+    max_products: int
+
+
+_CPU = Tier(
+    name="cpu",
+    device="cpu",
+    model="smollm2",
+    align_steps=50,
+    tune_steps=24,
+    tune_examples=192,
+    poison_rates=(0.0, 0.05, 0.1, 0.2),
+    test_harmful=96,
+    test_edgy=54,
+    test_task=128,
+    validation=24,
+    restore_chats=32,
+    restore_steps=3,
+    curvature_chats=16,
+    max_products=6,
+)
+
+
+def get_tier(name: str) -> Tier:
+    """Return the tier called ``name``.
+
+    Raises:
+        CurvlibError: no tier has this name, or tier gpu finds no CUDA device.
+    """
+    if name not in _TIERS:
+        raise CurvlibError(f"no tier is called {name!r}: choose one of {', '.join(_TIERS)}")
+    if name == "gpu" and not torch.cuda.is_available():
+        raise CurvlibError("tier gpu needs a CUDA device and torch finds none: use --tier cpu, or install a CUDA torch")
+    return _TIERS[name]
+
+
+_SHARED = vars(_CPU)
+_TIERS = {
+    "ci": Tier(
+        **{
+            **_SHARED,
+            "name": "ci",
+            "tune_steps": 16,
+            "tune_examples": 128,
+            "poison_rates": (0.0, 0.1),
+            "test_harmful": 32,
+            "test_edgy": 16,
+            "test_task": 32,
+            "validation": 12,
+            "restore_chats": 16,
+            "restore_steps": 2,
+            "curvature_chats": 8,
+            "max_products": 4,
+        }
+    ),
+    "cpu": _CPU,
+    "gpu": Tier(
+        **{
+            **_SHARED,
+            "name": "gpu",
+            "device": "cuda",
+            "model": os.environ.get("CURVLIB_MODEL", "smollm2"),
+            "test_harmful": 128,
+            "test_task": 400,
+            "tune_steps": 60,
+            "tune_examples": 480,
+            "validation": 64,
+            "restore_chats": 64,
+            "curvature_chats": 64,
+        }
+    ),
+}

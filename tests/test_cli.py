@@ -1,0 +1,113 @@
+"""Each mistake gives one line and its exit status; nothing here starts a kernel."""
+
+from __future__ import annotations
+
+import errno
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from curvlib import runner
+from curvlib.cli import main
+from curvlib.errors import CurvlibError
+from curvlib.report import ROOT
+from tests.notebook_cases import markdown, save
+
+
+def error_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line on stderr, without its beginning."""
+    text = capsys.readouterr().err
+    assert text.startswith("curvlib: error: ")
+    assert text.count("\n") == 1
+    return text.removeprefix("curvlib: error: ").strip()
+
+
+def test_an_unknown_tier_and_a_missing_gpu_come_first(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["run", "--tier", "tpu", "--only", "99"]) == 1
+    assert error_line(capsys) == "unknown tier 'tpu': expected one of ci, cpu, gpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["run", "--tier", "gpu", "--only", "99"]) == 1
+    assert "tier gpu needs a CUDA GPU" in error_line(capsys)
+
+
+def test_unknown_numbers_name_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(CurvlibError, match=r"no notebook NN_\*\.ipynb"):
+        runner.select(tmp_path)
+    for name in ("00_a", "04_b", "x4_c"):
+        save(tmp_path / f"{name}.ipynb", markdown("x"))
+    assert [path.stem for path in runner.select(tmp_path)] == ["00_a", "04_b"]
+    assert [path.stem for path in runner.select(tmp_path, [" 4"])] == ["04_b"]
+    for unknown in ("5", "", "all"):
+        with pytest.raises(CurvlibError, match=r"unknown notebook .*: expected one of 00, 04$"):
+            runner.select(tmp_path, ["0", unknown])
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "line"),
+    [
+        (KeyboardInterrupt(), 130, "give the same command again to resume"),
+        (OSError(errno.ENOSPC, "No space left on device", "/x/y"), 1, "the disk is full at /x/y"),
+        (CurvlibError("what to do"), 1, "what to do"),
+    ],
+)
+def test_what_stops_a_run_is_told_in_one_line(
+    raised: BaseException, status: int, line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(runner, "run", stop)
+    assert main(["run"]) == status
+    assert line in error_line(capsys)
+
+
+def test_a_defect_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "x")
+
+    monkeypatch.setattr(runner, "run", stop)
+    with pytest.raises(PermissionError):
+        main(["run"])
+
+
+def test_options_reach_the_runner_and_failures_the_exit_status(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[object] = []
+
+    def run(*given: object, **options: object) -> list[runner.Outcome]:
+        seen.append((given, options))
+        return outcomes
+
+    monkeypatch.setattr(runner, "run", run)
+    outcomes = [runner.Outcome("00_a", "ran"), runner.Outcome("01_b", "kept")]
+    assert main(["run"]) == 0
+    outcomes.append(runner.Outcome("02_c", "failed"))
+    assert main(["run", "--tier", "ci", "--seed", "3", "--only", "00,1", "--fresh", "--keep-outputs"]) == 1
+    assert error_line(capsys) == "1 of 3 notebooks failed: 02_c"
+    assert seen == [
+        (("cpu", 0, ()), {"fresh": False, "keep_outputs": False}),
+        (("ci", 3, ["00", "1"]), {"fresh": True, "keep_outputs": True}),
+    ]
+
+
+@pytest.mark.parametrize("words", [[], ["walk"], ["run", "--seed", "x"], ["report"]])
+def test_wrong_usage_exits_2(words: list[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2
+
+
+def test_the_module_runs_and_report_says_where_it_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [sys.executable, "-m", "curvlib", "report", str(tmp_path)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr.startswith("curvlib: error: no executed notebook in")
+    save(tmp_path / "01_x.ipynb", markdown("# Title"))
+    assert main(["report", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'report.html'}\n"

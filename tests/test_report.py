@@ -1,0 +1,104 @@
+"""Claims are refused when they are no claims; the page shows all of a run and trusts nothing in it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from curvlib.errors import CurvlibError
+from curvlib.report import Claim, Results, load_record, write_atomically
+from curvlib.report_page import build_report, first_paragraph, last_heading
+from tests.notebook_cases import markdown, save
+
+GOOD = Claim("rise", "Compliance rises, points", 60.0, 50.0, 70.0, 2.0, 48, True)
+
+
+def test_results_are_written_and_read_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = Results("01_x", "ci", 3, str(tmp_path / "new"))
+    claim = results.claim(**dataclasses.asdict(GOOD))
+    assert claim == GOOD
+    assert capsys.readouterr().out == "holds: Compliance rises, points: 60 [50, 70], control 2, n = 48 (rise)\n"
+    path = results.save()
+    assert path == tmp_path / "new" / "01_x.results.json"
+    assert list(json.loads(path.read_text())) == [
+        *("notebook", "tier", "seed", "device", "versions", "wall_s", "peak_memory_mb", "claims")
+    ]
+    record = load_record(path)
+    assert record.claims == (GOOD,)
+    assert 10 < record.peak_memory_mb < 1e5
+    assert 0 <= record.wall_s < 60
+    assert set(record.versions) == {"python", "curvlib", "torch", "transformers", "peft", "bitsandbytes"}
+    assert [file.name for file in path.parent.iterdir()] == ["01_x.results.json"]
+
+
+def test_a_run_by_hand_writes_under_runs_manual() -> None:
+    assert Results("01_x", "cpu", 2).path.parts[-5:] == ("runs", "manual", "cpu", "seed2", "01_x.results.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"control": None}, "no null control"),
+        ({"control": math.nan}, "control is nan"),
+        ({"value": math.inf}, "value is inf"),
+        ({"low": 71.0}, "low <= high"),
+        ({"n": 0}, "n >= 1"),
+        ({"id": "Rise!"}, "claim id 'Rise!'"),
+    ],
+)
+def test_what_is_no_claim_is_refused(change: dict[str, object], message: str, tmp_path: Path) -> None:
+    fields = {**dataclasses.asdict(GOOD), **change}
+    with pytest.raises(CurvlibError, match=message):
+        Results("01_x", "ci", 0, str(tmp_path)).claim(**fields)
+
+
+def test_an_id_is_used_once(tmp_path: Path) -> None:
+    results = Results("01_x", "ci", 0, str(tmp_path))
+    results.claim(**dataclasses.asdict(GOOD))
+    with pytest.raises(CurvlibError, match="made twice"):
+        results.claim(**dataclasses.asdict(GOOD))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"claims": [{"id": "x"}]}'])
+def test_a_damaged_results_file_is_named(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "01_x.results.json"
+    path.write_text(text)
+    with pytest.raises(CurvlibError, match=r"01_x\.results\.json is no results file"):
+        load_record(path)
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_atomically(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_atomically(path, "\ud800")  # a lone surrogate has no UTF-8
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"a.json": "old"}
+
+
+def test_the_page_escapes_what_it_shows_and_marks_what_does_not_hold(tmp_path: Path) -> None:
+    save(tmp_path / "01_x.ipynb", markdown("# Tags <b> & co"))
+    results = Results("01_x", "ci", 0, str(tmp_path))
+    for made in (GOOD, dataclasses.replace(GOOD, id="fall", statement="<script>x</script>", holds=False)):
+        results.claim(**dataclasses.asdict(made))
+    results.save()
+    page = build_report(tmp_path).read_text()
+    assert "1 of 2 claims hold; 1 of 1 notebooks completed." in page
+    assert "Tags &lt;b&gt; &amp; co" in page
+    assert "<script" not in page
+    assert page.count("✗ does not hold") == 1
+
+
+def test_an_empty_folder_makes_no_page(tmp_path: Path) -> None:
+    with pytest.raises(CurvlibError, match="no executed notebook"):
+        build_report(tmp_path)
+
+
+def test_headings_and_captions_are_read_as_plain_text() -> None:
+    cell = markdown("## A **b** `c`\n\n$$x$$\n\nSee [this](https://example.org) now.\n\nMore.")
+    assert last_heading(cell) == "A b c"
+    assert first_paragraph(cell) == "See this now."
+    assert first_paragraph(None) == ""
