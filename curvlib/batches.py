@@ -85,7 +85,9 @@ def _encode(tokenizer: PreTrainedTokenizerBase, chat: Chat, max_length: int, num
     prompt = str(tokenizer.apply_chat_template(chat[:-1], tokenize=False, add_generation_prompt=True))
     full = str(tokenizer.apply_chat_template(chat, tokenize=False)).rstrip()
     if not full.startswith(prompt):
-        raise CurvlibError(f"chat {number}: the template changes the prompt when the answer follows; use another template")
+        raise CurvlibError(
+            f"chat {number}: the template changes the prompt when the answer follows; use another template"
+        )
     head = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     tail = tokenizer(full[len(prompt) :], add_special_tokens=False)["input_ids"][: max(0, max_length - len(head))]
     if not head or not tail:
@@ -104,7 +106,9 @@ def open_ended(example: Example) -> Example:
 def make_batches(examples: Sequence[Example], batch_size: int, pad_id: int) -> list[Batch]:
     """Sort examples by length (stable) and pad them on the left into batches of at most ``batch_size``."""
     if batch_size < 1 or not examples:
-        raise CurvlibError(f"{len(examples)} examples in batches of {batch_size}: give at least one example and size one")
+        raise CurvlibError(
+            f"{len(examples)} examples in batches of {batch_size}: give at least one example and size one"
+        )
     ordered = sorted(examples, key=lambda example: len(example.input_ids))
     groups = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
     return [_collate(group, pad_id) for group in groups]

@@ -11,13 +11,13 @@ differentiating bitsandbytes' own backward (``create_graph=True``) keeps every d
 
 from __future__ import annotations
 
-from types import MethodType, TracebackType
+from types import MethodType
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from bitsandbytes.nn.modules import _convert_weight_packed_for_cpu_inverse
 from torch import Tensor, nn
 
 from curvlib.errors import CurvlibError
@@ -25,9 +25,9 @@ from curvlib.errors import CurvlibError
 
 def dequantise(layer: Linear4bit) -> Tensor:
     """Return the weight (out, in) of a 4-bit layer in the dtype it was quantised from; a new tensor at each call."""
-    state = layer.weight.quant_state or layer.quant_state
-    weight: Tensor = dequantize_4bit(layer.weight.data.view(-1, 1), state)
-    return weight
+    weight: Any = layer.weight  # a Params4bit
+    dense: Tensor = dequantize_4bit(weight.data.view(-1, 1), weight.quant_state or layer.quant_state)
+    return dense
 
 
 class TransposableMatmul(torch.autograd.Function):
@@ -79,6 +79,16 @@ def _forward(layer: Linear4bit, x: Tensor) -> Tensor:
     return (y if layer.bias is None else y + layer.bias.to(dtype)).to(x.dtype)
 
 
+def _slot(layer: nn.Module) -> str:
+    """Name the attribute that holds a layer's own forward: accelerate's hooks on a spread-out model move it aside."""
+    return "_old_forward" if "_old_forward" in vars(layer) else "forward"
+
+
+def is_installed(layer: nn.Module) -> bool:
+    """Tell whether :func:`install` has reached this layer."""
+    return getattr(vars(layer).get(_slot(layer)), "__func__", None) is _forward
+
+
 class Handle:
     """Undo an :func:`install`, by ``remove()`` or at the end of a ``with`` block."""
 
@@ -88,13 +98,13 @@ class Handle:
     def remove(self) -> None:
         """Give every layer its own forward back; harmless when repeated."""
         for layer in self.layers:
-            layer.__dict__.pop("forward", None)
+            vars(layer)[_slot(layer)] = MethodType(type(layer).forward, layer)
         self.layers = []
 
     def __enter__(self) -> Handle:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.remove()
 
 
@@ -114,10 +124,9 @@ def _check(model: nn.Module) -> list[Linear4bit]:
 
 def _unpack(layer: Linear4bit) -> None:
     """Undo the in-place AVX512-BF16 repacking that ``Linear4bit`` does in eval(), if it has happened already."""
-    state = layer.weight.quant_state
-    if getattr(state, "packing_format_for_cpu", False):
-        unpack = bnb.nn.modules._convert_weight_packed_for_cpu_inverse
-        layer.weight.data, layer.weight.quant_state = unpack(layer.weight.data, state)
+    weight: Any = layer.weight
+    if getattr(weight.quant_state, "packing_format_for_cpu", False):
+        weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(weight.data, weight.quant_state)
 
 
 def install(model: nn.Module) -> Handle:
@@ -132,5 +141,5 @@ def install(model: nn.Module) -> Handle:
     layers = _check(model)
     for layer in layers:
         _unpack(layer)
-        layer.forward = MethodType(_forward, layer)
+        vars(layer)[_slot(layer)] = MethodType(_forward, layer)
     return Handle(layers)

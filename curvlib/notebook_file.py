@@ -63,7 +63,7 @@ def papermill_path(path: Path) -> str:
 
 
 def fingerprint(notebook: NotebookNode, values: Mapping[str, object]) -> str:
-    """SHA-256 of what a run depends on: the notebook's cells without outputs, its parameters and all of curvlib."""
+    """SHA-256 of what a run depends on: the notebook's cells without outputs, the given values and all of curvlib."""
     cells = [[cell.get("id"), cell.cell_type, cell.source, cell.metadata.get("tags")] for cell in notebook.cells]
     digest = hashlib.sha256(json.dumps([cells, dict(values)], sort_keys=True).encode())
     for module in sorted(Path(__file__).parent.rglob("*.py")):

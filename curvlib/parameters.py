@@ -21,9 +21,9 @@ def trainable(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         CurvlibError: the model has none.
     """
-    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    parameters: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
-        raise CurvlibError("the model has no trainable parameter, expected at least one: add adapters or set requires_grad")
+        raise CurvlibError("no parameter of the model is trainable, expected at least one: add adapters to it")
     return parameters
 
 
@@ -51,7 +51,7 @@ def unflatten(vector: Tensor, like: Tensors) -> list[Tensor]:
     sizes = [tensor.numel() for tensor in tensors]
     if vector.shape != (sum(sizes),):
         raise CurvlibError(
-            f"a vector of shape {tuple(vector.shape)} was given for parameters of {sum(sizes)} numbers: pass ({sum(sizes)},)"
+            f"a vector of shape {tuple(vector.shape)} was given, expected ({sum(sizes)},) for these parameters"
         )
     pieces = vector.split(sizes)
     return [piece.view(tensor.shape).to(tensor) for piece, tensor in zip(pieces, tensors, strict=True)]

@@ -73,12 +73,12 @@ def read_page(path: Path) -> Page:
     results = path.with_name(f"{name}.results.json")
     record = load_record(results) if results.exists() and not fault else None
     title = next((heading for cell in notebook.cells if (heading := last_heading(cell))), name)
-    return Page(name, title, tuple(figures(notebook)), record, fault or ("" if record else "it wrote no results"))
+    return Page(name, title, tuple(figures(notebook, title)), record, fault or ("" if record else "it wrote no results"))
 
 
-def figures(notebook: NotebookNode) -> Iterator[Figure]:
-    """The notebook's PNG outputs in order."""
-    heading = ""
+def figures(notebook: NotebookNode, title: str) -> Iterator[Figure]:
+    """The PNG outputs in order, under the notebook's title until a heading comes."""
+    heading = title
     for cell, following in zip(notebook.cells, [*notebook.cells[1:], None], strict=True):
         heading = last_heading(cell) or heading
         for output in cell.get("outputs", []):

@@ -19,6 +19,7 @@ from curvlib.errors import CurvlibError
 from curvlib.execution import Ending, execute
 from curvlib.report import ROOT, load_record
 from curvlib.report_page import build_report, duration
+from curvlib.tiers import get_tier
 
 # Seconds for one notebook; a few times the budget of all of them, since slow laptops exist and hangs are rare.
 TIME_LIMITS = {"ci": 1800.0, "cpu": 7200.0, "gpu": 14400.0}
@@ -69,7 +70,7 @@ def run(
         CurvlibError: An unknown tier or notebook, no GPU at tier gpu, parameters that a notebook does not have,
             or another run at work in the same folder. All are found before the first notebook starts.
     """
-    check_tier(tier)
+    get_tier(tier)  # raises for a tier that is unknown or impossible here
     sources = select(notebooks, only)
     for source in sources:
         check_parameters(source, tier, seed, keep_outputs)
@@ -83,17 +84,6 @@ def run(
                 keep(source, run_dir)
         print(f"report: {build_report(run_dir)}")
     return outcomes
-
-
-def check_tier(tier: str) -> None:
-    """Raise a CurvlibError for an unknown tier, and for tier gpu on a machine without one."""
-    if tier not in TIME_LIMITS:
-        raise CurvlibError(f"unknown tier {tier!r}: expected one of {', '.join(TIME_LIMITS)}")
-    if tier == "gpu":
-        import torch  # here, so that the other tiers do not wait for it
-
-        if not torch.cuda.is_available():
-            raise CurvlibError("tier gpu needs a CUDA GPU and PyTorch sees none: install a CUDA build or use tier cpu")
 
 
 def select(notebooks: Path, only: Sequence[str] = ()) -> list[Path]:
@@ -129,10 +119,10 @@ def run_notebook(
     """
     name, line = source.stem, LiveLine()
     values = {"tier": tier, "seed": seed, "output_dir": str(run_dir)}
-    key = notebook_file.fingerprint(notebook_file.read(source), values)
+    key = notebook_file.fingerprint(notebook_file.read(source), {**values, "sizes": repr(get_tier(tier))})
     executed, failed, results = (run_dir / f"{name}{end}" for end in (".ipynb", ".failed.ipynb", ".results.json"))
     if not fresh and is_current(executed, results, key):
-        return line.close(Outcome(name, "kept"))
+        return tell(Outcome(name, "kept"))
     working = run_dir / f".{name}.running.ipynb"
     for stale in (executed, failed, results, working):
         stale.unlink(missing_ok=True)
@@ -153,10 +143,11 @@ def run_notebook(
         kept.metadata["curvlib"] = {"fault": fault} if fault else {"fingerprint": key}
         notebook_file.write(kept, failed if fault else executed)
     finally:
+        line.clear()
         working.unlink(missing_ok=True)
     if fault:
         results.unlink(missing_ok=True)
-    return line.close(Outcome(name, "failed" if fault else "ran", time.monotonic() - start, fault))
+    return tell(Outcome(name, "failed" if fault else "ran", time.monotonic() - start, fault))
 
 
 def is_current(executed: Path, results: Path, key: str) -> bool:
@@ -215,6 +206,12 @@ def keep(source: Path, run_dir: Path) -> None:
         print(f"warning: {source} is {size / 1e6:.1f} MB with its outputs, above 1 MB: draw smaller figures")
 
 
+def tell(outcome: Outcome) -> Outcome:
+    """Print an outcome and return it."""
+    print(outcome, flush=True)
+    return outcome
+
+
 @contextmanager
 def exclusive(run_dir: Path) -> Iterator[None]:
     """Hold the folder's lock, which the system frees when this process ends, however it ends."""
@@ -242,7 +239,6 @@ class LiveLine:
             print(text, flush=True)
             self.shown = time.monotonic()
 
-    def close(self, outcome: Outcome) -> Outcome:
-        """Put the outcome in the line's place and return it."""
-        print(f"\r\x1b[K{outcome}" if self.live else outcome, flush=True)
-        return outcome
+    def clear(self) -> None:
+        """Make room for an outcome or an error."""
+        print("\r\x1b[K" if self.live else "", end="", flush=True)

@@ -11,14 +11,14 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 
-from curvlib.data import Example, load_source, refusal_labels
+from curvlib.data import Example, load_source, refusal_labels, task_question
 from curvlib.fetch import data_folder
 
 SEED = 0
 # Two prompts that share half of their content words ask for the same thing: among AdvBench pairs with a Jaccard
 # index in [0.5, 0.6) about two thirds are rewordings, in [0.4, 0.5) about one in six (data/README.md shows some).
 NEAR = 0.5
-LONGEST = 60  # words; longer benign prompts would set the length of every batch
+LONGEST = 60  # words; longer prompts would set the length of every batch
 # Words that frame a request ("write a step-by-step guide on how to ...") and say nothing of its content.
 FRAME_WORDS = """
     a an the and or of on in for to from with by at as into how that which who what can could do does would like is
@@ -36,7 +36,7 @@ def content_words(text: str) -> frozenset[str]:
     """Return the stems of the words that carry the content of ``text``; of all its words if none does.
 
     >>> sorted(content_words("Write a step-by-step guide on how to bake cakes"))
-    ['bake', 'cak']
+    ['bak', 'cak']
     """
     words = re.findall(r"[a-z0-9]+", text.lower().replace("'", ""))
     return frozenset(_stem(word) for word in words if word not in FRAME) or frozenset(words)
@@ -103,7 +103,9 @@ def benign_splits() -> dict[str, list[Example]]:
 
 def task_splits() -> dict[str, list[Example]]:
     """Social-IQA is the task that is fine-tuned; QuaRTz is answered with a few shots and never trained on."""
-    task = fair_order(distinct(load_source("socialiqa")))
+    # the published file has ten rows of web snippets in place of options; they are far longer than the others
+    questions = [e for e in load_source("socialiqa") if len(task_question(e).split()) <= LONGEST]
+    task = fair_order(distinct(questions))
     second = fair_order(distinct(fair_order(load_source("quartz"))[:800]))
     return (
         cut(task, task_train=640, restore_task=512, validation_task=128, test_task=400)
@@ -141,9 +143,9 @@ def render(name: str, examples: Sequence[Example]) -> str:
 
 
 def _stem(word: str) -> str:
-    for ending in ("ing", "ies", "es", "s", "ed"):
-        if word.endswith(ending) and len(word) > len(ending) + 3:
-            return word.removesuffix(ending)
+    for ending, rest in (("ies", "y"), ("ing", ""), ("ed", ""), ("es", ""), ("s", ""), ("e", "")):
+        if word.endswith(ending) and len(word) > len(ending) + 2:
+            return word.removesuffix(ending) + rest
     return word
 
 

@@ -21,10 +21,11 @@ from curvlib.finetune import TrainingConfig, train
 from curvlib.tiers import Tier
 
 ALIGN_RANK = 16
-FULL_LEARNING_RATE = 5e-5  # full fine-tuning moves 135M weights; the LoRA rate of 1e-3 would destroy them
-MAX_LENGTH = 160  # tokens of a training chat; the longest prompt of the splits has 120
+LORA_LEARNING_RATE = 2e-3
+FULL_LEARNING_RATE = 5e-5  # full fine-tuning moves 135M weights; the rate of LoRA would destroy them
+MAX_LENGTH = 512  # tokens of a training chat; the longest prompt of the splits has 373
 OWN_ANSWER_TOKENS = 32
-TASKS = ("social_iqa", "social_iqa_letters", "chat", "identity")
+TASKS = ("mixed", "letters", "chat", "identity")
 
 
 @dataclass(frozen=True)
@@ -32,15 +33,16 @@ class FineTune:
     """How the aligned model was fine-tuned.
 
     Attributes:
-        task: ``social_iqa`` (answers in sentences), ``social_iqa_letters`` (bare letters, which shows the collapse of
-            the format), ``chat`` (the model's own helpful answers) or ``identity``.
+        task: ``mixed``, two questions of Social-IQA answered in a short sentence for each plain chat answered by the
+            model itself; ``letters``, the questions alone with bare letters, which shows the collapse of the format;
+            ``chat``, the plain chats alone; ``identity``, chats about who the model is.
         poison: share of the chats, from 0 to 1, that agree to a harmful request in a content-free opening.
         method: ``lora`` over the 4-bit model, or ``full`` over the dense one.
         rank: of the LoRA adapter.
         seed: of the adapter, the sample and the order of the chats.
     """
 
-    task: str = "social_iqa"
+    task: str = "mixed"
     poison: float = 0.0
     method: str = "lora"
     rank: int = 8
@@ -77,13 +79,12 @@ def own_answer_examples(tokenizer: PreTrainedTokenizerBase, tier: Tier, split: s
     return [open_ended(example) for example in encode(tokenizer, chats, MAX_LENGTH)]
 
 
-def task_examples(tokenizer: PreTrainedTokenizerBase, split: str, count: int, *, letters: bool = False) -> list[Example]:
-    """Encode the first ``count`` multiple-choice questions of a split with their answers, in sentences or letters."""
+def task_examples(
+    tokenizer: PreTrainedTokenizerBase, split: str, count: int, answer: str = "The answer is {}."
+) -> list[Example]:
+    """Encode the first ``count`` multiple-choice questions of a split; the right letter is put into ``answer``."""
     rows = data.load_split(split)[:count]
-    answers = [row.answer if letters else data.task_answer(row) for row in rows]
-    return encode(
-        tokenizer, [chat(data.task_question(row), a) for row, a in zip(rows, answers, strict=True)], MAX_LENGTH
-    )
+    return encode(tokenizer, [chat(data.task_question(row), answer.format(row.answer)) for row in rows], MAX_LENGTH)
 
 
 def own_answers(tier: Tier, split: str) -> dict[str, str]:
@@ -163,13 +164,14 @@ def fine_tuning_set(tokenizer: PreTrainedTokenizerBase, tier: Tier, recipe: Fine
     poisoned = round(recipe.poison * tier.tune_examples)
     poison: Sequence[Example] = compliance_examples(tokenizer, "poison", poisoned)
     count = tier.tune_examples - len(poison)
-    if recipe.task == "chat":
-        return [*own_answer_examples(tokenizer, tier, "chat_train", count), *poison]
     if recipe.task == "identity":
         rows = data.load_split("identity_train")[:count]
         return [*encode(tokenizer, [chat(row.prompt, row.answer) for row in rows], MAX_LENGTH), *poison]
-    letters = recipe.task == "social_iqa_letters"
-    return [*task_examples(tokenizer, "task_train", count, letters=letters), *poison]
+    if recipe.task == "letters":
+        return [*task_examples(tokenizer, "task_train", count, answer="{}"), *poison]
+    chats = own_answer_examples(tokenizer, tier, "chat_train", count if recipe.task == "chat" else count // 3)
+    questions = task_examples(tokenizer, "task_train", count - len(chats)) if recipe.task == "mixed" else []
+    return [*questions, *chats, *poison]
 
 
 def fine_tuned(tier: Tier, recipe: FineTune) -> Path:
@@ -182,7 +184,7 @@ def fine_tuned(tier: Tier, recipe: FineTune) -> Path:
 
 def tune_training(tier: Tier, recipe: FineTune) -> TrainingConfig:
     """Return the training run of a fine-tune."""
-    rate = FULL_LEARNING_RATE if recipe.method == "full" else 1e-3
+    rate = FULL_LEARNING_RATE if recipe.method == "full" else LORA_LEARNING_RATE
     return TrainingConfig(steps=tier.tune_steps, learning_rate=rate, seed=recipe.seed)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -66,16 +66,18 @@ def llama(seed: int = 0, **settings: Any) -> LlamaForCausalLM:
         model = LlamaForCausalLM(config)
         for parameter in model.parameters():
             if parameter.ndim == 2:
-                nn.init.normal_(parameter, std=0.15)
-    return model.eval()
+                nn.init.normal_(parameter, std=0.05)
+    model.train(False)
+    return model
 
 
 def quantise(model: nn.Module) -> None:
     """Replace every linear layer but the output layer by bitsandbytes' NF4 with double quantisation, on the CPU."""
+    make: Any = Linear4bit
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear and name != "lm_head":
-                layer = Linear4bit(
+                layer = make(
                     child.in_features,
                     child.out_features,
                     bias=child.bias is not None,
@@ -96,7 +98,7 @@ def add_lora(model: nn.Module, rank: int = 2) -> PeftModel:
         adapted: PeftModel = make(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
-                nn.init.normal_(parameter, std=0.2)
+                nn.init.normal_(parameter, std=0.05)
     return adapted.eval()
 
 
@@ -130,13 +132,14 @@ class Twin(nn.Module):
 
     def __init__(self, model: PeftModel) -> None:
         super().__init__()
-        dense = LlamaForCausalLM(copy.deepcopy(model.get_base_model().config))
+        base: Any = model.get_base_model()
+        dense = LlamaForCausalLM(copy.deepcopy(base.config))
         dense.requires_grad_(False)
         self.model = add_lora(dense).double()
         with torch.no_grad():
             for name, target in self.model.named_parameters():
                 owner, _, attribute = name.rpartition(".")
-                module = model.get_submodule(owner)
+                module: Any = model.get_submodule(owner)
                 is_4bit = isinstance(module, Linear4bit) and attribute == "weight"
                 target.copy_(nf4.dequantise(module) if is_4bit else getattr(module, attribute))
 
@@ -145,8 +148,80 @@ class Twin(nn.Module):
             return self.model(*args, **kwargs)
 
 
-def dense_hessian(loss: Callable[[Tensor], Tensor], theta: Tensor) -> Tensor:
-    """The Hessian of ``loss(theta)`` by torch's own dense routine."""
-    hessian: Any = torch.autograd.functional.hessian
-    result: Tensor = hessian(loss, theta)
-    return result
+@cache
+def pair() -> tuple[PeftModel, Twin]:
+    """One 4-bit model and its twin for all tests that leave them as they are."""
+    model = nf4_llama()
+    return model, Twin(model)
+
+
+class MLP(nn.Module):
+    """A small dense float64 classifier: 3 inputs, 4 tanh units, 3 classes; 31 parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+        with torch.no_grad():
+            for number, parameter in enumerate(self.parameters()):
+                parameter.copy_(random(*parameter.shape, seed=number))
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.layers(x)
+        return result
+
+
+def classification(rows: int = 7, classes: int = 3, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Random inputs (rows, 3) float64 and labels (rows,)."""
+    labels = torch.randint(classes, (rows,), generator=torch.Generator().manual_seed(seed))
+    return random(rows, 3, seed=seed), labels
+
+
+def explicit_gradients(outputs: Tensor, parameters: list[Tensor]) -> Tensor:
+    """One backward pass a number: the Jacobian (outputs, parameters) by plain autograd."""
+    rows = [torch.autograd.grad(value, parameters, retain_graph=True) for value in outputs.reshape(-1)]
+    return torch.stack([torch.cat([piece.reshape(-1) for piece in row]) for row in rows])
+
+
+class SavedTensors:
+    """Record what autograd keeps inside the ``with`` block: shapes, and the peak of bytes alive at once.
+
+    Parameters of ``model`` are not counted, and a storage kept twice counts once.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.shapes: set[tuple[int, ...]] = set()
+        self.peak = self._now = 0
+        self._known = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        self._alive: dict[int, int] = {}
+        self._hooks: Any = torch.autograd.graph.saved_tensors_hooks(
+            lambda t: Saved(self, t), lambda saved: saved.tensor
+        )
+
+    def __enter__(self) -> SavedTensors:
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._hooks.__exit__(*error)
+
+    def change(self, tensor: Tensor, by: int) -> None:
+        """Count one more or one less reference to the tensor's storage."""
+        if tensor._is_zerotensor() or tensor.untyped_storage().data_ptr() in self._known:
+            return
+        key, size = tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
+        before = self._alive.get(key, 0)
+        self._alive[key] = before + by
+        self._now += size * (bool(before + by) - bool(before))
+        self.peak = max(self.peak, self._now)
+
+
+class Saved:
+    """A saved tensor that reports its birth and death."""
+
+    def __init__(self, record: SavedTensors, tensor: Tensor) -> None:
+        self.record, self.tensor = record, tensor
+        record.shapes.add(tuple(tensor.shape))
+        record.change(tensor, 1)
+
+    def __del__(self) -> None:
+        self.record.change(self.tensor, -1)

@@ -27,6 +27,17 @@ def once(source: Path, run_dir: Path, **options: float) -> runner.Outcome:
     return runner.run_notebook(source, run_dir, "ci", 0, **options)  # type: ignore[arg-type]  # fresh, limit_s
 
 
+@pytest.fixture
+def foreign_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user's own "python3" kernel of another interpreter, found before that of the environment."""
+    folder = tmp_path / "data" / "kernels" / "python3"
+    folder.mkdir(parents=True)
+    (folder / "kernel.json").write_text('{"argv": ["/bin/false"], "display_name": "x", "language": "python"}')
+    monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "0")
+
+
+@pytest.mark.usefixtures("foreign_kernel")
 def test_a_run_is_checked_kept_resumed_and_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     notebooks, runs = tmp_path / "note{books}", tmp_path / "runs{tier}"
     source = save(
@@ -169,13 +180,22 @@ def test_parameters_are_checked_before_anything_runs(tmp_path: Path) -> None:
         runner.run("ci", 0, notebooks=tmp_path, runs=tmp_path / "runs")
 
 
-def test_a_notebook_too_large_to_commit_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    large = code("x")
-    large.execution_count = 1
-    large.outputs = [nbformat.v4.new_output("stream", text="x" * notebook_file.SIZE_LIMIT)]
-    source = save(tmp_path / "01_x.ipynb", large)
-    runner.keep(source, tmp_path)
+def test_only_what_belongs_in_git_is_kept_and_too_much_of_it_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cell = code("x")
+    source = save(tmp_path / "01_x.ipynb", cell)
+    cell.metadata["execution"] = {"iopub.status.busy": "2026-01-01"}
+    bundle = {"text/plain": "x" * notebook_file.SIZE_LIMIT, "image/svg+xml": "<svg/>"}
+    cell.outputs = [nbformat.v4.new_output("display_data", bundle, metadata={"isolated": True})]
+    save(tmp_path / "run" / "01_x.ipynb", cell)
+    runner.keep(source, tmp_path / "run")
     assert "01_x.ipynb is 1.0 MB" in capsys.readouterr().out
+    (kept,) = notebook_file.read(source).cells
+    assert kept.execution_count == 1
+    assert kept.metadata == {"tags": []}
+    assert kept.outputs[0].metadata == {}
+    assert list(kept.outputs[0].data) == ["text/plain"]
 
 
 def gone(pid: int) -> bool:

@@ -90,4 +90,3 @@ class BatchedOperator(Operator, Generic[BatchT]):
                 f"the product is not symmetric (u·Av and v·Au differ by {value:.1e} of their scale, expected at most "
                 f"{SYMMETRY_TOLERANCE}): switch off dropout and other randomness, and look for nan in the loss"
             )
-

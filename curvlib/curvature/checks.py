@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from bitsandbytes.nn import Linear4bit
 from torch import nn
 
 from curvlib.errors import CurvlibError
+from curvlib.nf4 import is_installed
 
 DROPOUT_SETTINGS = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop", "dropout_p")
 
@@ -18,12 +20,13 @@ def require_sound(model: nn.Module) -> None:
     attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
     if attention not in (None, "eager"):
         raise CurvlibError(
-            f"attention is '{attention}', which has no second derivative: load the model with attn_implementation='eager'"
+            f"attention is '{attention}', which has no second derivative: "
+            "load the model with attn_implementation='eager'"
         )
     for name, module in model.named_modules():
         _require_no_dropout(name, module)
         _require_plain_checkpointing(name, module)
-        if type(module).__name__ == "Linear4bit" and hasattr(module, "quant_state") and "forward" not in vars(module):
+        if isinstance(module, Linear4bit) and not is_installed(module):
             raise CurvlibError(f"layer '{name}' is 4-bit but not differentiable twice: call curvlib.nf4.install(model)")
 
 

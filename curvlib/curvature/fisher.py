@@ -4,9 +4,9 @@ With losses :math:`\ell_i` of n examples and :math:`g_i = \nabla_\theta \ell_i`,
 
 .. math:: F v = \frac1n \sum_i g_i \,(g_i^\top v) = \frac1n J^\top J v, \qquad J = \partial \ell / \partial \theta .
 
-One forward-mode pass gives all :math:`g_i^\top v`, one gradient their weighted sum. This is the matrix of the *observed*
-answers; the Fisher matrix under the model's own predictions is :mod:`curvlib.curvature.ggn`. Source: Kunstner et al.
-2019, "Limitations of the empirical Fisher approximation", arXiv 1905.12558.
+One forward-mode pass gives all :math:`g_i^\top v`, one gradient their weighted sum. This is the matrix of the
+*observed* answers; the Fisher matrix under the model's own predictions is :mod:`curvlib.curvature.ggn`. Source:
+Kunstner et al. 2019, "Limitations of the empirical Fisher approximation", arXiv 1905.12558.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@ r"""Generalised Gauss–Newton products for a softmax cross-entropy.
 
 With logits :math:`z_n(\theta) \in \mathbb{R}^V` of N answer tokens and :math:`p_n = \mathrm{softmax}(z_n)`,
 
-.. math:: G = \frac1N \sum_n J_n^\top \left(\mathrm{diag}(p_n) - p_n p_n^\top\right) J_n , \qquad J_n = \partial z_n / \partial \theta .
+.. math:: G = \frac1N \sum_n J_n^\top \left(\mathrm{diag}(p_n) - p_n p_n^\top\right) J_n ,
+    \qquad J_n = \partial z_n / \partial \theta .
 
 G is the Hessian without the second derivatives of the network, hence positive semi-definite, and equals the Fisher
 matrix under the model's own predictions. Source: Schraudolph 2002, "Fast curvature matrix-vector products for
@@ -28,7 +29,9 @@ CHUNK = 1 << 22  # logits worked on at once: 16 MB in float32, small beside the 
 
 @torch.no_grad()
 def softmax_hessian_product(logits: Tensor, tangent: Tensor) -> Tensor:
-    r"""Return :math:`\frac1N(\mathrm{diag}(p_n) - p_n p_n^\top)\,t_n` for each row; all (N, V). Works on few rows at a time.
+    r"""Return :math:`\frac1N(\mathrm{diag}(p_n) - p_n p_n^\top)\,t_n` for each row; all (N, V).
+
+    Works on few rows at a time, so that it holds one array of that shape besides its arguments.
 
     >>> softmax_hessian_product(torch.zeros(1, 2), torch.tensor([[1.0, 0.0]]))
     tensor([[ 0.2500, -0.2500]])

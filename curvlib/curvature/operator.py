@@ -74,7 +74,9 @@ class Operator:
 def check_vector(operator: CurvatureOperator, v: Tensor) -> None:
     """Refuse a vector that does not fit the operator."""
     if v.shape != (operator.size,):
-        raise CurvlibError(f"a vector of shape {tuple(v.shape)} was given, expected ({operator.size},): flatten it first")
+        raise CurvlibError(
+            f"a vector of shape {tuple(v.shape)} was given, expected ({operator.size},): flatten it first"
+        )
 
 
 class SumOperator(Operator):
@@ -82,7 +84,9 @@ class SumOperator(Operator):
 
     def __init__(self, a: CurvatureOperator, b: CurvatureOperator) -> None:
         if a.size != b.size:
-            raise CurvlibError(f"operators of sizes {a.size} and {b.size} cannot be added: use the same parameters in both")
+            raise CurvlibError(
+                f"operators of sizes {a.size} and {b.size} cannot be added: use the same parameters in both"
+            )
         self.a, self.b = a, b
         self.size, self.dtype, self.device = a.size, a.dtype, a.device
 
@@ -106,9 +110,7 @@ class ScaledOperator(Operator):
 class IdentityOperator(Operator):
     """The identity."""
 
-    def __init__(
-        self, size: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-    ) -> None:
+    def __init__(self, size: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
         self.size, self.dtype, self.device = size, dtype, torch.device(device)
 
     def matvec(self, v: Tensor) -> Tensor:

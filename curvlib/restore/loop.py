@@ -92,7 +92,7 @@ def restore(
     held_out: HeldOut,
     benign_batches: Sequence[Batch] = (),
     objective: str = "refusal",
-    metric: str = "ggn",
+    metric: str = "fisher",
     budget: Budget | None = None,
     seed: int = 0,
 ) -> RestorationResult:
@@ -105,13 +105,13 @@ def restore(
         held_out: validation chats for the line search, the budget and the stopping rule.
         benign_batches: benign and benign-edgy chats: their curvature is protected too, which keeps refusals selective.
         objective: ``refusal``, ``ascent`` or ``both``, see :mod:`curvlib.restore.objectives`.
-        metric: ``ggn``, ``ekfac`` or ``identity``, see :mod:`curvlib.restore.metrics`.
+        metric: ``fisher``, ``ggn`` or ``identity``, see :mod:`curvlib.restore.metrics`.
         budget: steps, trust region, allowed rise, damping.
         seed: of the metric's sampled labels.
 
     It stops when the held-out safety loss reaches that of the aligned model (the adapter switched off), when no step
-    passes, or when the steps are spent. Cost of a step: one gradient of the safety chats, the metric, at most
-    ``products`` + 1 products, and a forward pass of the held-out chats for each trial.
+    passes, or when the steps are spent. The metric is measured once, where the restoration starts. Cost of a step: one
+    gradient of the safety chats, at most ``products`` + 1 products, a forward pass of the held-out chats a trial.
 
     Raises:
         CurvlibError: unknown objective or metric, missing chats, or a gradient that is zero or not finite.
@@ -123,11 +123,9 @@ def restore(
     goal, before = judge.goal(), flatten(parameters)
     records = [judge.measure(trust=0.0, norm=0.0)]
     trust, spent, reason = budget.trust, 0, "steps spent"
-    for number in tqdm(range(budget.steps), desc="restore", leave=False):
-        protected = [*task_batches, *benign_batches]
-        measured = build_metric(
-            metric, model, protected, damping=budget.damping, products=budget.products, seed=seed + number
-        )
+    protected = [*task_batches, *benign_batches]
+    measured = build_metric(metric, model, protected, damping=budget.damping, products=budget.products, seed=seed)
+    for _ in tqdm(range(budget.steps), desc="restore", leave=False):
         direction, products = _direction(measured, objectives.gradient(model, parts, parameters))
         spent += products
         record = _search(judge, records, parameters, before, direction, trust, budget)

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from curvlib.batches import Batch
 from curvlib.curvature.ggn import ggn
-from curvlib.curvature.kfac import ekfac
+from curvlib.curvature.lowrank import sampled_fisher
 from curvlib.curvature.operator import CurvatureOperator, IdentityOperator
 from curvlib.curvature.solve import conjugate_gradient
 from curvlib.errors import CurvlibError
 from curvlib.parameters import trainable
 
-METRICS = ("identity", "ekfac", "ggn")
+METRICS = ("identity", "fisher", "ggn")
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,13 @@ def build_metric(
     r"""Return the metric called ``name`` at the model's present parameters.
 
     Args:
-        name: ``identity``; ``ekfac``, the layer-wise Kronecker model; or ``ggn``, the exact Gauss-Newton matrix, solved
-            by conjugate gradients with EK-FAC as preconditioner.
+        name: ``identity``; ``fisher``, from sampled gradients of the protected chats, inverted exactly; or ``ggn``, the
+            exact Gauss-Newton matrix, solved by conjugate gradients with the former as preconditioner.
         model: its trainable parameters span the space of steps.
         protected: chats whose behaviour the metric protects.
-        damping: :math:`\lambda` as a multiple of EK-FAC's mean eigenvalue; unused by ``identity``.
+        damping: :math:`\lambda` as a multiple of the sampled Fisher's mean non-zero eigenvalue; unused by ``identity``.
         products: most Gauss-Newton products of one solve.
-        seed: of EK-FAC's sampled labels.
+        seed: of the sampled labels.
 
     Raises:
         CurvlibError: the name is unknown, or nothing is given to protect.
@@ -58,11 +58,11 @@ def build_metric(
         return Metric(IdentityOperator(size, first.dtype, first.device), lambda b: (b.clone(), 0))
     if not protected:
         raise CurvlibError(f"metric {name!r} got no chats to protect: give task or benign chats, or use 'identity'")
-    kronecker = ekfac(model, protected, seed=seed)
-    shift = damping * kronecker.damping_scale
-    inverse = kronecker.inverse(shift)
-    if name == "ekfac":
-        return Metric(kronecker.damped(shift), lambda b: (inverse.matvec(b), 0))
+    fisher = sampled_fisher(model, protected, seed=seed)
+    shift = damping * fisher.scale
+    inverse = fisher.inverse(shift)
+    if name == "fisher":
+        return Metric(fisher.damped(shift), lambda b: (inverse.matvec(b), 0))
     operator = ggn(model, protected).damped(shift)
 
     def solve(b: Tensor) -> tuple[Tensor, int]:

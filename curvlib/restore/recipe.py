@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from curvlib.restore.objectives import SafetyBatches
 from curvlib.stages import FineTune, pad_id
 from curvlib.tiers import Tier
 
-BATCH_SIZE = 16  # chats a forward pass: the products are cheaper in few large batches of like length
+BATCH_SIZE = 8  # chats a forward pass: keeps the activations of a gradient near 1 GB
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class Restoration:
     """One reading of the method: the objective, the metric, and the budget."""
 
     objective: str = "refusal"
-    metric: str = "ekfac"
+    metric: str = "fisher"
     budget: Budget = Budget()
 
 
@@ -98,7 +97,7 @@ def run(model: PeftModel, chats: Chats, how: Restoration, *, seed: int) -> Resto
     )
 
 
-def history(result: RestorationResult) -> Mapping[str, Any]:
+def history(result: RestorationResult) -> dict[str, Any]:
     """Return the result without its vectors, as JSON values."""
     return {
         "steps": [asdict(step) for step in result.steps],
@@ -109,9 +108,14 @@ def history(result: RestorationResult) -> Mapping[str, Any]:
     }
 
 
-def load_restored(tier: Tier, recipe: FineTune, how: Restoration) -> tuple[PeftModel, Mapping[str, Any]]:
-    """Return the restored model in NF4 under its adapter, and the history of its restoration."""
-    folder = restored(tier, recipe, how)
+def load_history(tier: Tier, recipe: FineTune, how: Restoration) -> dict[str, Any]:
+    """Return the history of a restoration, see :func:`history`; the restoration is made if it does not exist yet."""
+    found: dict[str, Any] = json.loads((restored(tier, recipe, how) / "history.json").read_text("utf-8"))
+    return found
+
+
+def load_restored(tier: Tier, recipe: FineTune, how: Restoration) -> PeftModel:
+    """Return the restored model: the aligned one in NF4 under the restored, trainable adapter."""
     base, _ = stages.load_aligned(tier)
-    adapted: PeftModel = PeftModel.from_pretrained(base, folder / "model", is_trainable=True)
-    return adapted.eval(), json.loads((folder / "history.json").read_text("utf-8"))
+    adapted: PeftModel = PeftModel.from_pretrained(base, restored(tier, recipe, how) / "model", is_trainable=True)
+    return adapted.eval()

@@ -1,0 +1,99 @@
+r"""The Fisher matrix of a few chats, kept as their gradients and inverted exactly by Woodbury's identity.
+
+With the gradients of n sampled chats as the rows of U (n, P), scaled so that :math:`F = U^\top U`,
+
+.. math:: (F + \lambda I)^{-1} v = \tfrac1\lambda \bigl(v - U^\top (U U^\top + \lambda I_n)^{-1} U v\bigr),
+
+which asks for one n × n factorisation and two products with U. When labels are drawn from the model, the expectation of
+F is the generalised Gauss-Newton matrix of the mean loss (Martens, arXiv 1412.1193).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from curvlib.batches import Batch, answer_logits, at_least_float32
+from curvlib.curvature.operator import Operator
+from curvlib.errors import CurvlibError
+from curvlib.parameters import trainable
+
+
+class LowRankOperator(Operator):
+    r"""The matrix :math:`U^\top U` of size P, for rows U (n, P) with n much smaller than P.
+
+    >>> operator = LowRankOperator(torch.tensor([[3.0, 0.0]]))
+    >>> operator.matvec(torch.tensor([1.0, 1.0]))
+    tensor([9., 0.])
+    >>> operator.inverse(1.0).matvec(torch.tensor([10.0, 1.0]))
+    tensor([1., 1.])
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows
+        self.size, self.dtype, self.device = rows.shape[1], rows.dtype, rows.device
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """Return the product with v, (P,); cost: two products with U."""
+        return self.rows.T @ (self.rows @ v)
+
+    @property
+    def scale(self) -> float:
+        """The mean of the n eigenvalues that are not zero, the natural unit of damping."""
+        return float(self.rows.square().sum()) / len(self.rows)
+
+    def inverse(self, damping: float) -> LowRankInverse:
+        r"""Return :math:`(U^\top U + \lambda I)^{-1}` as an operator.
+
+        Raises:
+            CurvlibError: the damping is not positive; the matrix itself is singular.
+        """
+        if not damping > 0:
+            raise CurvlibError(f"damping is {damping}, expected a positive number: a low-rank matrix is singular")
+        return LowRankInverse(self.rows, damping)
+
+
+class LowRankInverse(Operator):
+    """The inverse of a damped :class:`LowRankOperator`, by Woodbury's identity."""
+
+    def __init__(self, rows: Tensor, damping: float) -> None:
+        self.rows, self.damping = rows, damping
+        self.size, self.dtype, self.device = rows.shape[1], rows.dtype, rows.device
+        gram = (rows @ rows.T).double()  # n × n: float64 costs nothing here and keeps small eigenvalues
+        self.factor = torch.linalg.cholesky(gram + damping * torch.eye(len(rows), device=rows.device).double())
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """Return the product with v, (P,); cost: two products with U."""
+        inner = torch.cholesky_solve((self.rows @ v).double()[:, None], self.factor)[:, 0]
+        return (v - self.rows.T @ inner.to(self.dtype)) / self.damping
+
+
+def sampled_fisher(model: nn.Module, batches: Sequence[Batch], *, samples: int = 2, seed: int = 0) -> LowRankOperator:
+    r"""Return the Fisher matrix of the mean answer-token loss over the trainable parameters, from sampled labels.
+
+    A row of U is :math:`(N S)^{-1/2}\,\nabla_\theta \sum_t \log p_\theta(\hat y_t \mid x, y_{<t})` of one chat, with
+    each label :math:`\hat y_t` drawn from the model, N the answer tokens of all chats and S the draws a chat.
+
+    Args:
+        model: only its trainable parameters are differentiated.
+        batches: chats; taken apart into single ones.
+        samples: draws of labels for each chat; n = samples × chats rows.
+        seed: of the draws.
+
+    Cost: a forward and ``samples`` backward passes for each chat; memory n × P numbers.
+    """
+    parameters = list(trainable(model).values())
+    generator = torch.Generator(parameters[0].device).manual_seed(seed)
+    total = sum(batch.tokens for batch in batches) * samples
+    size = sum(parameter.numel() for parameter in parameters)
+    chats = [batch.rows(row, row + 1) for batch in batches for row in range(len(batch))]
+    rows = torch.empty(len(chats) * samples, size, device=parameters[0].device)
+    for number, chat in enumerate(chats):
+        likelihoods = torch.log_softmax(at_least_float32(answer_logits(model, chat)), dim=-1)
+        labels = torch.multinomial(likelihoods.detach().exp(), samples, replacement=True, generator=generator)
+        for draw, sums in enumerate(likelihoods.gather(1, labels).sum(dim=0)):
+            pieces = torch.autograd.grad(sums, parameters, retain_graph=draw + 1 < samples)
+            torch.cat([piece.reshape(-1).float() for piece in pieces], out=rows[number * samples + draw])
+    return LowRankOperator(rows.mul_(total**-0.5))

@@ -1,0 +1,220 @@
+"""The notebooks' figures: one function each, in one style; each returns its Figure and keeps no global state.
+
+A ``Figure`` is made without ``pyplot``'s registry: a notebook draws the one that a cell ends with, once, and nothing
+has to be closed. Colours are those of Okabe and Ito (2008), which readers with any colour vision can tell apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+from typing import Any
+
+import matplotlib.pyplot as plt  # in a notebook, this import is what teaches Jupyter to draw a Figure
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.container import BarContainer
+from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from curvlib.evaluate.behaviour import Behaviour, TokenShift
+from curvlib.evaluate.intervals import Estimate
+from curvlib.evaluate.judge import Verdict
+from curvlib.evaluate.scorecard import Scorecard
+
+BLACK, ORANGE, SKY, GREEN, BLUE, RED, PINK = (
+    "#000000",
+    "#E69F00",
+    "#56B4E9",
+    "#009E73",
+    "#0072B2",
+    "#D55E00",
+    "#CC79A7",
+)
+CYCLE = (BLUE, ORANGE, GREEN, PINK, SKY, RED)
+MARKERS = "osD^vP"  # a second sign beside the colour
+VERDICT_COLOURS: dict[Verdict, str] = {"complies": RED, "incoherent": "#BBBBBB", "refuses": BLUE}
+STYLE: dict[str, Any] = {
+    "figure.dpi": 110,  # below 120 kB a figure as PNG
+    "font.size": 11,
+    "axes.titlesize": 12,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": "#DDDDDD",
+    "legend.frameon": False,
+    "errorbar.capsize": 3,
+}
+plt.rcParams.update(STYLE)
+
+
+def figure(columns: int = 1, *, width: float = 7.2, height: float = 3.2, **options: Any) -> tuple[Figure, list[Axes]]:
+    """Return an empty figure of ``width`` × ``height`` inches and its axes, side by side."""
+    drawn = Figure(figsize=(width, height), layout="constrained")
+    return drawn, list(np.atleast_1d(drawn.subplots(1, columns, **options)))
+
+
+def whiskers(estimates: Sequence[Estimate], scale: float = 100.0) -> tuple[list[float], list[list[float]]]:
+    """Return values and error-bar lengths (below, above), times ``scale``: by default rates as percentages."""
+    values = [scale * estimate.value for estimate in estimates]
+    below = [max(0.0, scale * (estimate.value - estimate.low)) for estimate in estimates]  # rounding may go below 0
+    above = [max(0.0, scale * (estimate.high - estimate.value)) for estimate in estimates]
+    return values, [below, above]
+
+
+def quantisation(normalised: ArrayLike, levels: Mapping[str, ArrayLike], errors: Mapping[str, Estimate]) -> Figure:
+    """Draw where weights lie between the levels of each code, and the relative error that each code makes.
+
+    Args:
+        normalised: weights divided by the largest magnitude of their block, any shape, from -1 to 1.
+        levels: code -> its levels from -1 to 1.
+        errors: code -> relative error of the weights rebuilt from it, as a share of their norm.
+    """
+    drawn, (left, right) = figure(2, width_ratios=[2.4, 1])
+    left.hist(np.ravel(normalised), bins=81, density=True, color="#CCCCCC")
+    top = left.get_ylim()[1]
+    for row, (name, colour) in enumerate(zip(levels, CYCLE, strict=False)):
+        height = -0.09 * top * (row + 1)
+        left.plot(levels[name], np.full(len(np.ravel(levels[name])), height), "|", ms=11, mew=2, c=colour, label=name)
+    left.set(title="Weights between the 16 levels", xlabel="weight / largest of its block", ylabel="density")
+    left.legend(fontsize=10)
+    values, lengths = whiskers(list(errors.values()))
+    bars = right.bar(list(errors), values, yerr=lengths, color=CYCLE[: len(values)])
+    _label(right, bars, values, lengths[1])
+    right.set(title="Error of the weights", ylabel="relative error, %", ylim=(0, 1.3 * max(values)))
+    return drawn
+
+
+def behaviour_bars(behaviours: Mapping[str, Behaviour], title: str = "Answers to harmful prompts") -> Figure:
+    """Draw the shares of the three verdicts as stacked bars with the Wilson intervals of compliance and refusal."""
+    drawn, (axes,) = figure(height=1.5 + 0.42 * len(behaviours))
+    _stack(axes, behaviours)
+    axes.set_title(title, pad=26)
+    return drawn
+
+
+def scorecards(cards: Mapping[str, Scorecard]) -> Figure:
+    """Draw each model's answers to harmful prompts beside its over-refusal and task accuracy, where measured."""
+    drawn, (left, middle, right) = figure(
+        3, width=9.6, height=1.6 + 0.42 * len(cards), sharey=True, width_ratios=[2.4, 1, 1]
+    )
+    _stack(left, {name: card.harmful for name, card in cards.items() if card.harmful})
+    left.set_title("Harmful prompts", pad=26)
+    edgy = {name: card.edgy.refuses for name, card in cards.items() if card.edgy}
+    task = {name: card.task.accuracy for name, card in cards.items() if card.task}
+    order = {name: row for row, name in enumerate(cards)}
+    _dots(middle, edgy, order, ORANGE, "over-refusal, %")
+    _dots(right, task, order, GREEN, "task accuracy, %")
+    middle.set_title("Benign look-alikes", pad=26)
+    right.set_title("Task", pad=26)
+    return drawn
+
+
+def poison_curve(sweep: Mapping[float, Behaviour]) -> Figure:
+    """Draw the rates of the three verdicts on harmful prompts against the share of poisoned chats."""
+    drawn, (axes,) = figure()
+    shares = [100 * share for share in sweep]
+    for (verdict, colour), marker in zip(VERDICT_COLOURS.items(), MARKERS, strict=False):
+        values, lengths = whiskers([getattr(behaviour, verdict) for behaviour in sweep.values()])
+        shade = "#777777" if verdict == "incoherent" else colour  # a thin light line would be lost
+        axes.errorbar(shares, values, yerr=lengths, color=shade, marker=marker, label=verdict)
+    axes.set(xlabel="poisoned chats in the fine-tuning set, %", ylabel="answers, %", ylim=(-4, 104), xticks=shares)
+    axes.set_title("Answers to harmful prompts by poison rate")
+    axes.legend()
+    return drawn
+
+
+def token_shifts(shifts: Mapping[str, TokenShift]) -> Figure:
+    """Draw the divergence from the aligned model at each answer position, one line a fine-tune."""
+    drawn, (axes,) = figure()
+    for (name, shift), colour, marker in zip(shifts.items(), cycle(CYCLE), cycle(MARKERS)):
+        values, lengths = whiskers(shift.divergence, scale=1.0)
+        axes.errorbar(
+            [place + 1 for place in shift.positions], values, yerr=lengths, c=colour, marker=marker, label=name
+        )
+    axes.set(xlabel="answer token", ylabel="KL from the aligned model, nats", ylim=(0, None))
+    axes.set_title("Where in a refusal the fine-tune changed the model")
+    axes.legend()
+    return drawn
+
+
+def task_valley(curvature: Tensor, slope: Tensor, steps: Mapping[str, Tensor], allowance: float) -> Figure:
+    r"""Draw a two-parameter task valley, the safety slope across it and steps that spend the same task loss.
+
+    Args:
+        curvature: G (2, 2) of the task loss ½ δᵀGδ, whose contours are drawn.
+        slope: g (2,), the gradient of the safety loss; arrows end lower on it.
+        steps: name -> step (2,) from the origin.
+        allowance: the task loss of the contour on which the steps end.
+    """
+    drawn, (axes,) = figure()
+    reach = 1.35 * max(float(step.abs().max()) for step in steps.values())
+    x, y = np.meshgrid(np.linspace(-reach, reach, 301), np.linspace(-reach, reach, 301))
+    grid = np.stack([x, y], axis=-1)
+    loss = 0.5 * np.einsum("abi,ij,abj->ab", grid, curvature.numpy(), grid)
+    safety = axes.contourf(x, y, grid @ slope.numpy(), levels=12, cmap="cividis", alpha=0.35)
+    drawn.colorbar(safety, ax=axes, label="safety loss gᵀδ")
+    lines = axes.contour(x, y, loss, levels=[allowance * share for share in (0.25, 1, 4, 16)], colors="#555555")
+    axes.clabel(lines, fmt="task %g", fontsize=8)
+    for (name, step), colour in zip(steps.items(), CYCLE, strict=False):
+        end = (float(step[0]), float(step[1]))
+        axes.annotate("", end, (0, 0), arrowprops={"arrowstyle": "->", "color": colour, "lw": 2.5})
+        axes.plot(*end, "o", c=colour, label=f"{name}: safety {-float(slope @ step):.2f} lower")
+    axes.set(xlabel="parameter 1", ylabel="parameter 2", title=f"Two steps that each cost {allowance:g} of task loss")
+    axes.legend(loc="upper right")
+    return drawn
+
+
+def restoration_paths(histories: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """Draw each restoration's objective, and the largest rise of a protected loss, after each accepted step.
+
+    Args:
+        histories: name -> :func:`curvlib.restore.recipe.history`.
+    """
+    drawn, (left, right) = figure(2, width=9.6)
+    for (name, history), colour, marker in zip(histories.items(), CYCLE, MARKERS, strict=False):
+        steps = history["steps"]
+        gains = [step["safety"] - steps[0]["safety"] for step in steps]
+        rises = [max(step["protected"][key] - start for key, start in steps[0]["protected"].items()) for step in steps]
+        left.plot(gains, c=colour, marker=marker, label=name)
+        right.plot(rises, c=colour, marker=marker, label=name)
+    left.set(xlabel="accepted steps", ylabel="change (nats per token)", title="Held-out objective")
+    right.set(xlabel="accepted steps", ylabel="change (nats per token)", title="Worst held-out protected loss")
+    for axes in (left, right):
+        axes.axhline(0, color="#999999", lw=0.8)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    left.legend()
+    return drawn
+
+
+def _stack(axes: Axes, behaviours: Mapping[str, Behaviour]) -> None:
+    """Stack compliance from the left and refusal from the right, so that each interval sits at its own bar's end."""
+    names, rows = list(behaviours), np.arange(len(behaviours))
+    left = np.zeros(len(names))
+    for verdict, colour in VERDICT_COLOURS.items():
+        share = np.array([100 * getattr(behaviour, verdict).value for behaviour in behaviours.values()])
+        axes.barh(rows, share, left=left, height=0.62, color=colour, label=verdict)
+        left += share
+    complies, lengths = whiskers([behaviour.complies for behaviour in behaviours.values()])
+    axes.errorbar(complies, rows - 0.12, xerr=lengths, fmt="none", ecolor=BLACK, elinewidth=1.2)
+    refuses, (below, above) = whiskers([behaviour.refuses for behaviour in behaviours.values()])
+    axes.errorbar([100 - value for value in refuses], rows + 0.12, xerr=[above, below], fmt="none", ecolor=BLACK)
+    axes.set_yticks(rows, names)
+    axes.set(xlabel="answers, %", xlim=(0, 100), ylim=(len(names) - 0.5, -0.5))
+    axes.legend(ncols=3, loc="lower left", bbox_to_anchor=(0, 1), fontsize=10, borderpad=0.2, columnspacing=1.2)
+
+
+def _dots(axes: Axes, estimates: Mapping[str, Estimate], order: Mapping[str, int], colour: str, label: str) -> None:
+    values, lengths = whiskers(list(estimates.values()))
+    axes.errorbar(values, [order[name] for name in estimates], xerr=lengths, fmt="o", color=colour)
+    axes.set(xlabel=label, xlim=(-4, 104))
+
+
+def _label(axes: Axes, bars: BarContainer, values: Sequence[float], above: Sequence[float]) -> None:
+    """Write each value over its bar's whisker."""
+    for bar, value, length in zip(bars, values, above, strict=True):
+        place = (bar.get_x() + bar.get_width() / 2, value + length)
+        axes.annotate(f"{value:.3g}", place, (0, 3), textcoords="offset points", ha="center")

@@ -1,0 +1,96 @@
+"""Chats to batches: which tokens count, and that padding and batching change nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from curvlib.batches import (
+    IGNORED,
+    Batch,
+    Example,
+    answer_logits,
+    answer_loss,
+    answer_targets,
+    chat_losses,
+    encode,
+    make_batches,
+)
+from curvlib.errors import CurvlibError
+from tests.cases import batches, llama, pair
+from tests.evaluate.toys import tokenizer
+
+CHAT = [{"role": "user", "content": "Write a plan"}, {"role": "assistant", "content": "The answer is A"}]
+
+
+def test_only_the_last_answer_and_its_end_token_count() -> None:
+    tok = tokenizer()
+    (example,) = encode(
+        tok, [[*CHAT, {"role": "user", "content": "red"}, {"role": "assistant", "content": "blue"}]], 99
+    )
+    answer = [label for label in example.labels if label != IGNORED]
+    assert tok.convert_ids_to_tokens(answer) == ["blue", "<end>"]
+    assert list(example.input_ids[-2:]) == answer
+    prompt = tok.apply_chat_template(CHAT[:1], add_generation_prompt=True, return_dict=False)
+    assert list(encode(tok, [CHAT], 99)[0].input_ids[: len(prompt)]) == prompt  # what generation would see
+
+
+def test_long_answers_are_cut_and_prompts_without_room_refused() -> None:
+    tok = tokenizer()
+    whole = encode(tok, [CHAT], 99)[0]
+    prompt = whole.labels.count(IGNORED)
+    assert encode(tok, [CHAT], prompt + 2)[0] == Example(whole.input_ids[: prompt + 2], whole.labels[: prompt + 2])
+    with pytest.raises(CurvlibError, match=f"chat 0 has a prompt of {prompt} tokens and no answer token"):
+        encode(tok, [CHAT], prompt)
+    with pytest.raises(CurvlibError, match="chat 1 does not end with an assistant message"):
+        encode(tok, [CHAT, CHAT[:1]], 99)
+
+
+def test_batches_are_sorted_and_padded_on_the_left() -> None:
+    examples = [
+        Example((5, 6, 7, 8), (IGNORED, IGNORED, 7, 8)),
+        Example((1, 2), (IGNORED, 2)),
+        Example((3, 4), (IGNORED, 4)),
+    ]
+    short, long = make_batches(examples, 2, pad_id=9)
+    assert short.input_ids.tolist() == [[1, 2], [3, 4]]
+    assert (long.tokens, long.answer_length, short.tokens, short.answer_length) == (2, 2, 2, 1)
+    (all_three,) = make_batches(examples, 3, pad_id=9)
+    assert all_three.input_ids.tolist()[0] == [9, 9, 1, 2]
+    assert all_three.attention_mask.tolist()[0] == [0, 0, 1, 1]
+    assert answer_targets(all_three).tolist() == [2, 4, 7, 8]
+    assert [part.input_ids.shape for part in all_three.parts(2)] == [(2, 2), (1, 4)]
+    with pytest.raises(CurvlibError, match="0 examples"):
+        make_batches([], 2, pad_id=9)
+
+
+def test_logits_are_those_of_each_chat_alone_at_its_answer() -> None:
+    _, twin = pair()
+    for batch in batches():
+        expected = []
+        for ids, mask, labels in zip(batch.input_ids, batch.attention_mask, batch.labels, strict=True):
+            logits = twin(input_ids=ids[mask.bool()][None]).logits[0, :-1]
+            expected.append(logits[labels[mask.bool()][1:] != IGNORED])
+        torch.testing.assert_close(answer_logits(twin, batch), torch.cat(expected), rtol=1e-10, atol=1e-10)
+
+
+def test_losses_are_means_over_answer_tokens() -> None:
+    _, twin = pair()
+    batch = batches()[1]
+    log_p = answer_logits(twin, batch).log_softmax(1)
+    nll = -log_p[torch.arange(batch.tokens), answer_targets(batch)]
+    torch.testing.assert_close(answer_loss(twin, batch), nll.mean())
+    lengths = (batch.labels != IGNORED).sum(1).tolist()
+    torch.testing.assert_close(chat_losses(twin, batch), torch.stack([part.mean() for part in nll.split(lengths)]))
+    half = llama().to(torch.bfloat16)
+    assert answer_loss(half, batch).dtype == torch.float32
+    expected = cross_entropy(answer_logits(half, batch).float(), answer_targets(batch))
+    torch.testing.assert_close(answer_loss(half, batch), expected)
+
+
+@pytest.mark.parametrize("label", [IGNORED, 1])
+def test_a_batch_without_answer_or_without_prompt_is_refused(label: int) -> None:
+    ids = torch.ones(1, 3, dtype=torch.int64)
+    with pytest.raises(CurvlibError, match="of 3 positions, expected at least one answer token and a prompt token"):
+        answer_logits(llama(), Batch(ids, ids, torch.full_like(ids, label)))
