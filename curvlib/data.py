@@ -142,7 +142,7 @@ def _choose(file: str, prompt: str) -> str:
 Rows = Iterator[Example | None]  # None keeps the numbering where a row is of no use
 
 
-def _example(prompt: str, **fields: Any) -> Example:  # noqa: ANN401  # the fields of Example
+def _example(prompt: str, **fields: Any) -> Example:  # the fields of Example
     return Example("", prompt.strip(), **fields)
 
 

@@ -109,7 +109,7 @@ _TIERS = {
             "model": os.environ.get("CURVLIB_MODEL", "smollm2"),
             "test_harmful": 128,
             "test_task": 400,
-            "tune_examples": 400,
+            "tune_examples": 360,
             "poison_rates": (0.0, 0.02, 0.05, 0.1, 0.2),
             "validation": 64,
             "restore_chats": 64,

@@ -22,7 +22,8 @@ VOCABULARY, HIDDEN, INTERMEDIATE = 128, 64, 192
 
 def relative_error(found: Tensor, exact: Tensor) -> float:
     """Return ‖found − exact‖ / ‖exact‖, in float64."""
-    return float((found.double() - exact.double()).norm() / exact.double().norm())
+    found, exact = found.detach().double(), exact.detach().double()
+    return float((found - exact).norm() / exact.norm())
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -89,13 +90,14 @@ def quantise(model: nn.Module) -> None:
                 setattr(parent, name, layer.to("cpu"))
 
 
-def add_lora(model: nn.Module, rank: int = 2) -> PeftModel:
+def add_lora(model: nn.Module, rank: int = 2, dropout: float = 0.0) -> PeftModel:
     """Adapters on every linear layer, with B different from zero, so that A gets a gradient too."""
     with warnings.catch_warnings(), torch.random.fork_rng():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft 0.21 asks the old name
         torch.manual_seed(1)
         make: Any = get_peft_model
-        adapted: PeftModel = make(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules="all-linear")
+        adapted: PeftModel = make(model, config)
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
                 nn.init.normal_(parameter, std=0.05)

@@ -83,7 +83,7 @@ def test_losses_are_means_over_answer_tokens() -> None:
     torch.testing.assert_close(answer_loss(twin, batch), nll.mean())
     lengths = (batch.labels != IGNORED).sum(1).tolist()
     torch.testing.assert_close(chat_losses(twin, batch), torch.stack([part.mean() for part in nll.split(lengths)]))
-    half = llama().to(torch.bfloat16)
+    half = llama().bfloat16()
     assert answer_loss(half, batch).dtype == torch.float32
     expected = cross_entropy(answer_logits(half, batch).float(), answer_targets(batch))
     torch.testing.assert_close(answer_loss(half, batch), expected)

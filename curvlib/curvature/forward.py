@@ -6,6 +6,7 @@ usual) carries the derivative :math:`\dot f = J_f\,v` along with its value at ab
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -26,7 +27,8 @@ def tangents(parameters: Tensors, v: Tensor) -> Iterator[None]:
     targets = tensor_list(parameters)
     pieces = unflatten(v, targets)
     with forward_ad.dual_level():
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`torch.jit.script`", DeprecationWarning)  # torch 2.13's own first use
             for parameter, piece in zip(targets, pieces, strict=True):
                 parameter.copy_(forward_ad.make_dual(parameter.detach(), piece.contiguous()))
         yield

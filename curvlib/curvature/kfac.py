@@ -53,8 +53,8 @@ def ekfac(
     Args:
         model: its trainable parameters are the weights, and perhaps biases, of linear layers: LoRA's or its own.
         batches: chats whose answer tokens form the loss; read twice, in the same order.
-        fisher: "sampled" draws labels from the model (its expectation is the Gauss-Newton matrix), "empirical" takes
-            the given answers.
+        fisher: "sampled" draws labels from the model, its expectation is the Gauss-Newton matrix; "empirical" takes the
+            given answers: then C is the sum over chats of outer products of their summed loss's gradient, over N.
         rank: eigenvectors kept of each factor, found by subspace iteration; the rest gets its mean eigenvalue. None
             keeps all, at :math:`O(d^3)` for each factor. EK-FAC's eigenvalues are exact for any orthonormal basis.
         corrected: False keeps K-FAC's eigenvalues, the products of those of the factors, and saves the second pass.

@@ -90,6 +90,8 @@ def test_correction_is_the_diagonal_and_never_farther_in_frobenius_norm(rank: in
     plain = ekfac(model, batches, fisher="empirical", rank=rank, corrected=False)
     assert distance(corrected.dense(), exact) < 0.9 * distance(plain.dense(), exact)
     torch.testing.assert_close(corrected.dense().trace(), exact.trace())
+    whole = ekfac(model, batches, fisher="empirical", corrected=False)
+    torch.testing.assert_close(plain.dense().trace(), whole.dense().trace())
     assert corrected.damping_scale == pytest.approx(float(exact.trace()) / corrected.size)
     block = corrected.blocks[0]
     basis = torch.kron(block.left.vectors, block.right.vectors)
