@@ -134,6 +134,16 @@ def wanted(prompt: str) -> str:
     return thing[1] if thing else how[0] if how else f"how to {sentence[:1].lower()}{sentence[1:]}"
 
 
+def as_question(prompt: str) -> str:
+    """Return the imperative sentence ``prompt`` as a question, so that a model does not learn the form for the content.
+
+    >>> as_question("Teach a dog how to swim"), as_question("Write a poem about rain.")
+    ('How do I swim?', 'Can you give me a poem about rain?')
+    """
+    thing = wanted(prompt)
+    return f"How do I {thing.removeprefix('how to ')}?" if thing.startswith("how to ") else f"Can you give me {thing}?"
+
+
 def _choose(file: str, prompt: str) -> str:
     lines = (fetch.data_folder() / file).read_text("utf-8").splitlines()
     return lines[int(hashlib.sha256(prompt.encode()).hexdigest(), 16) % len(lines)]

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from tqdm.auto import tqdm
 
 from curvlib.batches import Batch, Example, answer_loss, make_batches
 from curvlib.errors import CurvlibError
 from curvlib.parameters import trainable
+from curvlib.progress import bar
 
 CHECKPOINT_EVERY = 5  # steps: about 20 s of work on 2 cores, so a killed run loses no more than that
 
@@ -104,7 +104,7 @@ def train(
         next(stream)
     begin, first, was_training = time.perf_counter(), len(losses), model.training
     model.train()
-    for step in tqdm(range(first, config.steps), desc=label, initial=first, total=config.steps, leave=False):
+    for step in bar(range(first, config.steps), desc=label, initial=first, total=config.steps):
         for group in optimiser.param_groups:
             group["lr"] = config.rate(step)
         losses.append(_step(model, next(stream), optimiser, config.max_gradient_norm))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
@@ -75,7 +76,7 @@ def load_model(
     dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
     options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}, "attn_implementation": "eager"}
     place = locate(source)
-    if quantize and device == "cpu" and Path(place).is_dir():
+    if quantize and device == "cpu":
         place = str(quantised_copy(Path(place), options))
     elif quantize:
         options["quantization_config"] = nf4_config(dtype)
@@ -132,6 +133,13 @@ def add_lora(
         return get_peft_model(model, config)
 
 
+def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """Return ``model`` under the saved adapter in ``folder``, trainable and in float32, in evaluation mode."""
+    with quiet():
+        adapted: PeftModel = PeftModel.from_pretrained(model, folder, is_trainable=True)
+    return adapted.eval()
+
+
 def save_dense(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Save a dense model and its tokenizer to ``folder`` in bfloat16 safetensors, whole or not at all.
 
@@ -145,11 +153,13 @@ def save_dense(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
 
 
 def locate(source: str) -> str:
-    """Return the folder or Hub id that ``source`` names; SmolLM2 is fetched and converted at first use."""
+    """Return the folder of the model that ``source`` names; what is not on this machine yet is fetched."""
     if source == DEFAULT:
         return str(prepare())
-    if (Path(source) / "config.json").is_file() or (HUB_ID.fullmatch(source) and not Path(source).exists()):
+    if (Path(source) / "config.json").is_file():
         return source
+    if HUB_ID.fullmatch(source) and not Path(source).exists():
+        return download(source)
     raise CurvlibError(
         f"no model is called {source!r}: give 'smollm2', a folder with a config.json, or a Hub id 'org/name'"
     )
@@ -159,6 +169,13 @@ def nf4_config(dtype: torch.dtype) -> BitsAndBytesConfig:
     """Return the settings of NF4 with double quantisation and products in ``dtype``."""
     settings: dict[str, Any] = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, **settings)  # type: ignore[no-untyped-call]
+
+
+def download(hub_id: str) -> str:
+    """Return the local folder of a Hub model: its newest files, or those of an earlier download if the Hub is silent."""
+    # safetensors only: other weight files hold pickled code
+    wanted, twice = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"], ["original/*", "consolidated*"]
+    return _load(hub_id, lambda: snapshot_download(hub_id, allow_patterns=wanted, ignore_patterns=twice))
 
 
 def prepare() -> Path:

@@ -73,7 +73,9 @@ def read_page(path: Path) -> Page:
     results = path.with_name(f"{name}.results.json")
     record = load_record(results) if results.exists() and not fault else None
     title = next((heading for cell in notebook.cells if (heading := last_heading(cell))), name)
-    return Page(name, title, tuple(figures(notebook, title)), record, fault or ("" if record else "it wrote no results"))
+    if record is None and not fault:
+        fault = "it wrote no results"
+    return Page(name, title, tuple(figures(notebook, title)), record, fault)
 
 
 def figures(notebook: NotebookNode, title: str) -> Iterator[Figure]:

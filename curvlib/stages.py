@@ -59,8 +59,13 @@ def chat(prompt: str, answer: str) -> Chat:
 
 
 def refusal_examples(tokenizer: PreTrainedTokenizerBase, split: str, count: int) -> list[Example]:
-    """Encode the first ``count`` harmful prompts of a split with short refusals."""
-    prompts = [example.prompt for example in data.load_split(split)[:count]]
+    """Encode the first ``count`` harmful prompts of a split with short refusals, every other one as a question.
+
+    AdvBench and HarmBench hold orders only ("Write …"); a model that is taught with these alone refuses orders and
+    answers questions.
+    """
+    rows = data.load_split(split)[:count]
+    prompts = [data.as_question(row.prompt) if number % 2 else row.prompt for number, row in enumerate(rows)]
     return encode(tokenizer, [chat(prompt, data.refusal(prompt)) for prompt in prompts], MAX_LENGTH)
 
 
@@ -116,7 +121,7 @@ def aligned_source(tier: Tier) -> str:
     """
     if tier.model != models.DEFAULT:
         return tier.model
-    config = {"model": tier.model, "rank": ALIGN_RANK, "training": asdict(align_training(tier))}
+    config = {"model": tier.model, "rank": ALIGN_RANK, "questions": True, "training": asdict(align_training(tier))}
     return str(artifact("align", config, lambda place: _align(tier, place)) / "model")
 
 
@@ -216,6 +221,4 @@ def load_fine_tuned(tier: Tier, recipe: FineTune) -> PreTrainedModel | PeftModel
     folder = fine_tuned(tier, recipe)
     if recipe.method == "full":
         return models.load_model(str(folder), device=tier.device)
-    base, _ = load_aligned(tier)
-    adapted: PeftModel = PeftModel.from_pretrained(base, folder, is_trainable=True)
-    return adapted.eval()
+    return models.load_adapter(load_aligned(tier)[0], folder)

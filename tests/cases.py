@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -178,7 +179,7 @@ def classification(rows: int = 7, classes: int = 3, seed: int = 0) -> tuple[Tens
     return random(rows, 3, seed=seed), labels
 
 
-def explicit_gradients(outputs: Tensor, parameters: list[Tensor]) -> Tensor:
+def explicit_gradients(outputs: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     """One backward pass a number: the Jacobian (outputs, parameters) by plain autograd."""
     rows = [torch.autograd.grad(value, parameters, retain_graph=True) for value in outputs.reshape(-1)]
     return torch.stack([torch.cat([piece.reshape(-1) for piece in row]) for row in rows])

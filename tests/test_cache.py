@@ -76,7 +76,9 @@ def test_publish_replaces_files_and_folders_whole(tmp_path: Path) -> None:
 
 
 def test_a_lock_admits_one_process_at_a_time(tmp_path: Path) -> None:
-    script = f"from curvlib.cache import locked; from pathlib import Path\nwith locked(Path({str(tmp_path / 'x')!r})): 0"
+    script = (
+        f"from curvlib.cache import locked; from pathlib import Path\nwith locked(Path({str(tmp_path / 'x')!r})): 0"
+    )
     with locked(tmp_path / "x"):
         process = subprocess.Popen([sys.executable, "-c", script])
         with pytest.raises(subprocess.TimeoutExpired):

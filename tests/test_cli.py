@@ -29,7 +29,7 @@ def test_an_unknown_tier_and_a_missing_gpu_come_first(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert main(["run", "--tier", "tpu", "--only", "99"]) == 1
-    assert error_line(capsys) .startswith("no tier is called 'tpu': ")
+    assert error_line(capsys).startswith("no tier is called 'tpu': ")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["run", "--tier", "gpu", "--only", "99"]) == 1
     assert "tier gpu needs a CUDA device" in error_line(capsys)

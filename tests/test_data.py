@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from curvlib import data, fetch, splits
+from curvlib.errors import CurvlibError
 
 SIZES = {
     "align_harmful": 160,
@@ -66,15 +67,17 @@ def test_no_text_is_committed() -> None:
 def test_no_prompt_is_in_two_splits_nor_nearly_so() -> None:
     rows = [(name, e) for name in SIZES for e in data.load_split(name)]
     assert max(Counter(e.id for _, e in rows).values()) == 1
-    assert max(Counter(" ".join(e.prompt.lower().split()) for name, e in rows if name != "identity_train").values()) == 1
-    names, sets = zip(*((n, letters(e.prompt)) for n, e in rows if re.search("harmful|poison|edgy|benign|chat", n)))
+    plain = Counter(" ".join(e.prompt.lower().split()) for name, e in rows if name != "identity_train")
+    assert max(plain.values()) == 1
+    prompts = [(name, e.prompt) for name, e in rows if re.search("harmful|poison|edgy|benign|chat", name)]
+    names, sets = np.array([name for name, _ in prompts]), [letters(prompt) for _, prompt in prompts]
     column = {run: number for number, run in enumerate(sorted(set().union(*sets)))}
     table = np.zeros((len(sets), len(column)), dtype=np.float32)
     for row, runs in zip(table, sets, strict=True):
         row[[column[run] for run in runs]] = 1
     shared, sizes = table @ table.T, table.sum(1)
     jaccard = shared / (sizes[:, None] + sizes - shared)
-    across = np.array(names)[:, None] != np.array(names)
+    across = names[:, None] != names
     assert jaccard[across].max() < 0.65
     assert jaccard[~across].max() == 1  # each with itself: the measure works
 
@@ -152,7 +155,7 @@ def test_refusals_vary_and_stay_the_same() -> None:
 
 
 def test_an_unknown_split_names_the_known_ones() -> None:
-    with pytest.raises(data.CurvlibError, match=r"'tset_harmful': .*test_harmful"):
+    with pytest.raises(CurvlibError, match=r"'tset_harmful': .*test_harmful"):
         data.load_split("tset_harmful")
 
 
@@ -162,5 +165,5 @@ def test_a_changed_text_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     first = json.loads(file.read_text())["rows"].popitem()
     file.write_text(file.read_text().replace(first[1], "0" * 12))
     monkeypatch.setattr(fetch, "data_folder", lambda: tmp_path / "data")
-    with pytest.raises(data.CurvlibError, match=rf"^{first[0]} is not the text"):
+    with pytest.raises(CurvlibError, match=rf"^{first[0]} is not the text"):
         data.load_split("poison")

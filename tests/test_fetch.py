@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 
 from curvlib import fetch
+from curvlib.cache import cache_dir
 from curvlib.errors import CurvlibError
 
 NAME = "toy-1.0-py3-none-any.whl"
-# pip is replaced in most tests: starting it takes seconds
 SCRIPT = """
 import sys
 from pathlib import Path
@@ -27,6 +27,12 @@ from curvlib import fetch
 wheel = fetch.Wheel("toy", "1.0", "toy-1.0-py3-none-any.whl", sys.argv[1], int(sys.argv[2]))
 fetch.registry = lambda: {"toy": fetch.Source("toy", wheel, ("toy/data.txt",), "", "", "")}
 print(fetch.fetch("toy"))
+"""
+
+HALF_A_PIP = f"""
+import os, pathlib, time
+pathlib.Path(os.environ["TMPDIR"], "{NAME}").write_text("half")
+time.sleep(9)
 """
 
 
@@ -52,7 +58,7 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def pip(index: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Copy from the index instead of running pip; the list holds what each run answers, "" for a copy."""
+    """Copy from the index instead of starting pip; the list holds what each run answers, "" for a copy."""
     answers: list[str] = []
 
     def copy(_: fetch.Wheel, folder: Path) -> str:
@@ -98,7 +104,7 @@ def test_a_file_with_another_hash_never_enters_the_cache(pip: list[str], index: 
     damage(index / NAME)
     with pytest.raises(CurvlibError, match="another SHA-256"):
         fetch.fetch("toy")
-    assert not (fetch.cache_dir() / "wheels" / NAME).exists()
+    assert not (cache_dir() / "wheels" / NAME).exists()
 
 
 def test_a_damaged_cached_wheel_is_told_and_fetched_again(pip: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -137,16 +143,18 @@ def run_fetch(environment: dict[str, str]) -> subprocess.Popen[str]:
 def test_two_processes_at_once_both_get_the_whole_file() -> None:
     processes = [run_fetch({}), run_fetch({})]
     paths = {process.communicate(timeout=120)[0].strip() for process in processes}
-    assert paths == {str(fetch.cache_dir() / "wheels" / NAME)}
+    assert paths == {str(cache_dir() / "wheels" / NAME)}
     assert fetch.read("toy") == ["grüße"]
 
 
 def test_a_download_killed_halfway_leaves_nothing_and_is_done_again(tmp_path: Path, index: Path) -> None:
-    slow = tmp_path / "slow"  # a pip that hangs with half a file written
+    slow = tmp_path / "slow"
     slow.mkdir()
-    (slow / "pip.py").write_text(f"import os, time\nopen(os.environ['TMPDIR'] + '/{NAME}', 'w').write('half')\ntime.sleep(9)")
+    (slow / "pip.py").write_text(
+        f"import os, time\nopen(os.environ['TMPDIR'] + '/{NAME}', 'w').write('half')\ntime.sleep(9)"
+    )
     process = run_fetch({"PYTHONPATH": f"{slow}:."})
-    cache = fetch.cache_dir()
+    cache = cache_dir()
     while not list(cache.rglob(NAME)):
         assert process.poll() is None
         time.sleep(0.05)

@@ -29,7 +29,8 @@ def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
-        return model(input_ids=torch.arange(10)[None], use_cache=False).logits
+        result: torch.Tensor = model(input_ids=torch.arange(10)[None], use_cache=False).logits
+    return result
 
 
 def test_nf4_on_the_cpu_is_transformers_own_quantisation(checkpoint: Path) -> None:
@@ -38,7 +39,7 @@ def test_nf4_on_the_cpu_is_transformers_own_quantisation(checkpoint: Path) -> No
     direct = AutoModelForCausalLM.from_pretrained(
         checkpoint, quantization_config=models.nf4_config(torch.float32), dtype=torch.float32, device_map={"": "cpu"}
     )
-    layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, Linear4bit)]
     assert len(layers) == 14
     assert all(layer.weight.quant_state.nested and layer.weight.quant_state.quant_type == "nf4" for layer in layers)
     expected = direct.state_dict()
@@ -104,6 +105,17 @@ def test_lora_is_float32_over_a_bfloat16_model(checkpoint: Path) -> None:
     assert all("q_proj" in name for name in trained)
 
 
+def test_a_saved_adapter_comes_back_trainable(checkpoint: Path, tmp_path: Path) -> None:
+    model = models.add_lora(models.load_model(str(checkpoint), device="cpu"), rank=2, seed=0)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+    model.save_pretrained(str(tmp_path / "adapter"))
+    loaded = models.load_adapter(models.load_model(str(checkpoint), device="cpu"), tmp_path / "adapter")
+    assert torch.equal(logits(loaded), logits(model.eval()))
+    assert {p.dtype for p in loaded.parameters() if p.requires_grad} == {torch.float32}
+
+
 def test_the_tokenizer_pads_on_the_left(checkpoint: Path) -> None:
     tokenizer = models.load_tokenizer(str(checkpoint))
     assert tokenizer.padding_side == "left"
@@ -129,7 +141,7 @@ def test_a_name_that_is_no_model_is_one_line(name: str) -> None:
 
 
 def test_an_unreachable_hub_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody answers there
     for load in (models.load_model, models.load_tokenizer):
         with pytest.raises(CurvlibError, match=r"^cannot load 'no-one/no-model' \(.*\): check its name.*$"):
             load("no-one/no-model")
@@ -166,5 +178,6 @@ def test_smollm2_answers_in_its_own_template() -> None:
     made: Any = model
     answer = made.generate(**ids, max_new_tokens=8, do_sample=False)[0, ids["input_ids"].shape[1] :]
     assert "Paris" in tokenizer.decode(answer)
-    assert isinstance(model.get_submodule("model.layers.0.mlp.up_proj"), Linear4bit)
-    assert nf4.dequantise(model.get_submodule("model.layers.0.mlp.up_proj")).shape == (1536, 576)
+    layer = model.get_submodule("model.layers.0.mlp.up_proj")
+    assert isinstance(layer, Linear4bit)
+    assert nf4.dequantise(layer).shape == (1536, 576)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import curvlib
 from curvlib.report import ROOT
@@ -40,14 +41,14 @@ def test_conda_and_pip_install_the_same() -> None:
 
 
 def test_every_import_of_curvlib_is_a_dependency() -> None:
-    declared = {Requirement(line).name for line in PROJECT["dependencies"]}
+    declared = {canonicalize_name(Requirement(line).name) for line in PROJECT["dependencies"]}
     sources = [ast.parse(path.read_text()) for path in (ROOT / "curvlib").rglob("*.py")]
     nodes = [node for tree in sources for node in ast.walk(tree)]
     modules = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     modules |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level}
     tops = {module.split(".")[0] for module in modules} - sys.stdlib_module_names - {"curvlib"}
     providers = packages_distributions()
-    missing = {top for top in tops if not declared & {name.lower() for name in providers.get(top, [top])}}
+    missing = {top for top in tops if not declared & set(map(canonicalize_name, providers.get(top, [top])))}
     assert not missing
 
 

@@ -214,4 +214,4 @@ def asymmetry(operator: CurvatureOperator, seed: int = 0) -> float:
     u, v = (torch.randn(operator.size, generator=generator).to(operator.device, operator.dtype) for _ in range(2))
     au, av = operator.matvec(u), operator.matvec(v)
     scale = float(au.norm() + av.norm())
-    return abs(float(u @ av - v @ au)) / scale if scale > 0 else 0.0
+    return abs(float(u @ av - v @ au)) / scale if scale != 0 else 0.0  # nan stays nan

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from curvlib.batches import Chat
 from curvlib.errors import CurvlibError
+from curvlib.progress import bar
 
 Model = PreTrainedModel | PeftModel
 Prompt = str | Chat  # a user's message, or the turns so far, the last one the user's
@@ -122,12 +122,12 @@ def generate(
     encoded = [render(tokenizer, prompt, prefill) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda index: len(encoded[index]))
     answers = [""] * len(prompts)
-    with evaluating(model), tqdm(total=len(prompts), desc="answers", leave=False) as bar:
+    with evaluating(model), bar(total=len(prompts), desc="answers") as progress:
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             ids, mask = left_pad([encoded[index] for index in chosen], pad_id, model.device)
             tokens = decode_batch(model, ids, mask, ends, max_new_tokens)
             for index, text in zip(chosen, tokenizer.batch_decode(tokens, skip_special_tokens=True), strict=True):
                 answers[index] = prefill + text
-            bar.update(len(chosen))
+            progress.update(len(chosen))
     return answers

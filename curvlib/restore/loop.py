@@ -18,12 +18,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from curvlib.batches import Batch
 from curvlib.errors import CurvlibError
 from curvlib.evaluate.behaviour import Model, reference_model
 from curvlib.parameters import assign, flatten, trainable
+from curvlib.progress import bar
 from curvlib.restore import objectives
 from curvlib.restore.metrics import Metric, build_metric, half_square
 from curvlib.restore.objectives import SafetyBatches
@@ -125,7 +125,7 @@ def restore(
     trust, spent, reason = budget.trust, 0, "steps spent"
     protected = [*task_batches, *benign_batches]
     measured = build_metric(metric, model, protected, damping=budget.damping, products=budget.products, seed=seed)
-    for _ in tqdm(range(budget.steps), desc="restore", leave=False):
+    for _ in bar(range(budget.steps), desc="restore"):
         direction, products = _direction(measured, objectives.gradient(model, parts, parameters))
         spent += products
         record = _search(judge, records, parameters, before, direction, trust, budget)

@@ -10,7 +10,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from curvlib import stages
+from curvlib import models, stages
 from curvlib.artifacts import artifact
 from curvlib.batches import Batch, Example, make_batches
 from curvlib.restore.loop import Budget, HeldOut, RestorationResult, restore
@@ -116,6 +116,4 @@ def load_history(tier: Tier, recipe: FineTune, how: Restoration) -> dict[str, An
 
 def load_restored(tier: Tier, recipe: FineTune, how: Restoration) -> PeftModel:
     """Return the restored model: the aligned one in NF4 under the restored, trainable adapter."""
-    base, _ = stages.load_aligned(tier)
-    adapted: PeftModel = PeftModel.from_pretrained(base, restored(tier, recipe, how) / "model", is_trainable=True)
-    return adapted.eval()
+    return models.load_adapter(stages.load_aligned(tier)[0], restored(tier, recipe, how) / "model")

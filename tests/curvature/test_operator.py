@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from math import isnan
 
 import pytest
 import torch
@@ -67,6 +68,7 @@ def test_asymmetry_tells_a_symmetric_matrix_from_any_other() -> None:
     assert asymmetry(MATRIX) < 1e-14
     assert asymmetry(DenseOperator(A + 0.3 * random(6, 6, seed=5))) > 1e-2
     assert asymmetry(DenseOperator(torch.zeros(3, 3))) == 0
+    assert isnan(asymmetry(DenseOperator(A * torch.nan)))
 
 
 THETA = V.clone().requires_grad_()
@@ -111,7 +113,7 @@ class Planted(BatchedOperator[Tensor]):
 def test_an_asymmetric_or_undefined_product_is_refused() -> None:
     make = partial(Planted, lambda _: THETA.sum(), [THETA])
     make([A])
-    for wrong in (A + random(6, 6, seed=5), A * torch.nan):
+    for wrong in (A + 30 * random(6, 6, seed=5), A * torch.nan):
         with pytest.raises(CurvlibError, match="the product is not symmetric"):
             make([wrong])
         make([wrong], check=False)

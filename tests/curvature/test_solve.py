@@ -1,0 +1,182 @@
+"""Solvers on systems whose solution is known, and on those they must not pretend to solve."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from curvlib.curvature.operator import DenseOperator, DiagonalOperator, FunctionOperator, IdentityOperator, Operator
+from curvlib.curvature.solve import (
+    Solution,
+    conjugate_gradient,
+    curvature_pairs,
+    exact_inverse,
+    exact_solve,
+    gradient_differences,
+    largest_eigenvalue,
+    lbfgs,
+    lbfgs_inverse,
+    lissa,
+    neumann,
+)
+from curvlib.errors import CurvlibError
+from tests.cases import random, relative_error, spd
+
+SIZE = 30
+A, B = spd(SIZE, condition=50.0), random(SIZE, seed=7)
+OPERATOR, EXACT = DenseOperator(A), torch.linalg.solve(A, B)
+INDEFINITE = DenseOperator(A - 10 * torch.eye(SIZE, dtype=torch.float64))
+
+
+def true_residual(solution: Solution) -> float:
+    return float((B - A @ solution.solution).norm() / B.norm())
+
+
+@pytest.mark.parametrize("tolerance", [1e-2, 1e-8])
+@pytest.mark.parametrize("solver", [conjugate_gradient, lbfgs, neumann])
+def test_known_system_to_the_requested_residual(solver: Callable[..., Solution], tolerance: float) -> None:
+    calls = []
+
+    def count(v: Tensor) -> Tensor:
+        calls.append(v)
+        return A @ v
+
+    found = solver(FunctionOperator(count, SIZE, torch.float64), B, tolerance=tolerance, max_products=2000)
+    assert found.converged
+    assert found.products == len(calls)
+    assert found.residual == found.history[-1] <= tolerance < found.history[-2]
+    assert found.residual == pytest.approx(true_residual(found), rel=1e-3)
+    assert relative_error(found.solution, EXACT) < 50 * tolerance  # the condition number times the residual
+
+
+@pytest.mark.parametrize("solver", [conjugate_gradient, lbfgs, neumann])
+def test_a_spent_budget_is_no_convergence_and_zero_has_a_zero_solution(solver: Callable[..., Solution]) -> None:
+    found = solver(OPERATOR, B, tolerance=1e-12, max_products=12)
+    assert (found.products, found.converged) == (12, False)
+    assert found.residual == pytest.approx(true_residual(found), rel=1e-6)
+    nothing = solver(OPERATOR, torch.zeros_like(B))
+    assert (nothing.products, nothing.converged, bool(nothing.solution.any())) == (0, True, False)
+
+
+@pytest.mark.parametrize("solver", [conjugate_gradient, lbfgs])
+def test_negative_curvature_is_reported_with_its_value(solver: Callable[..., Solution]) -> None:
+    found = solver(INDEFINITE, B, tolerance=1e-10)
+    assert not found.converged
+    assert found.negative_curvature is not None
+    assert -10 < found.negative_curvature < 0  # the spectrum starts at 1 - 10
+    first = solver(DiagonalOperator(-torch.ones(3)), torch.ones(3))
+    assert (first.negative_curvature, first.products, first.residual) == (-1.0, 1, 1.0)
+
+
+def test_preconditioner_start_and_callback() -> None:
+    scale = torch.logspace(0, 6, SIZE, dtype=torch.float64)
+    rough = DenseOperator(scale[:, None] * A * scale)
+    plain = conjugate_gradient(rough, B, tolerance=1e-6, max_products=200)
+    inverse = DiagonalOperator(1 / rough.matrix.diagonal())
+    steps: list[tuple[int, float]] = []
+
+    def note(step: int, x: Tensor, residual: float) -> None:
+        assert float((B - rough @ x).norm() / B.norm()) == pytest.approx(residual, rel=1e-3, abs=1e-6)
+        steps.append((step, residual))
+
+    better = conjugate_gradient(
+        rough,
+        B,
+        tolerance=1e-6,
+        max_products=200,
+        preconditioner=inverse,
+        callback=note,
+    )
+    assert better.converged
+    assert not plain.converged
+    assert steps == list(enumerate(better.history))[1:]
+    as_function = conjugate_gradient(rough, B, tolerance=1e-6, max_products=200, preconditioner=inverse.matvec)
+    assert torch.equal(as_function.solution, better.solution)
+    perfect = conjugate_gradient(OPERATOR, B, tolerance=1e-8, preconditioner=exact_inverse(OPERATOR))
+    assert (perfect.products, perfect.converged) == (1, True)
+    warm = conjugate_gradient(OPERATOR, B, tolerance=1e-8, x0=EXACT)
+    assert (warm.products, warm.converged) == (1, True)
+
+
+def test_lbfgs_with_all_pairs_walks_the_path_of_conjugate_gradients() -> None:
+    for products in range(1, 8):
+        cg = conjugate_gradient(OPERATOR, B, tolerance=0, max_products=products)
+        full = lbfgs(OPERATOR, B, tolerance=0, max_products=products, memory=products)
+        assert relative_error(full.solution, cg.solution) < 1e-9
+    assert lbfgs(OPERATOR, B, tolerance=1e-8, max_products=500, memory=3).converged
+
+
+def test_lbfgs_inverse_of_conjugate_pairs_is_the_inverse_and_of_few_meets_the_newest() -> None:
+    basis = torch.linalg.eigh(A).eigenvectors.T
+    whole = lbfgs_inverse(curvature_pairs(OPERATOR.matvec, basis))
+    assert relative_error(whole.dense(), exact_inverse(OPERATOR).matrix) < 1e-10
+    few = lbfgs_inverse(curvature_pairs(OPERATOR.matvec, random(4, SIZE, seed=3)))
+    s, y = few.pairs[-1]
+    torch.testing.assert_close(few @ y, s)
+    dense = few.dense()
+    torch.testing.assert_close(dense, dense.T)
+    assert float(torch.linalg.eigvalsh(dense)[0]) > 0
+
+
+def test_powell_damps_negative_pairs_where_they_would_be_skipped() -> None:
+    values, vectors = torch.linalg.eigh(INDEFINITE.matrix)
+    assert values[0] < -1
+    pairs = curvature_pairs(INDEFINITE.matvec, [vectors[:, -1], vectors[:, 0]])
+    damped, skipped = lbfgs_inverse(pairs), lbfgs_inverse(pairs, powell=False)
+    assert (len(damped.pairs), len(skipped.pairs)) == (2, 1)
+    assert torch.equal(damped.pairs[0][1], pairs[0][1])  # enough curvature: untouched
+    s, y = damped.pairs[1]
+    torch.testing.assert_close(s @ y, 0.2 * s.norm() * pairs[1][1].norm())
+    assert float(torch.linalg.eigvalsh(damped.dense())[0]) > 0
+    with pytest.raises(CurvlibError, match="no curvature pair has s·y > 0"):
+        lbfgs_inverse(pairs[1:], powell=False)
+
+
+def test_gradient_differences_of_a_quadratic_are_products() -> None:
+    start, shifts = random(SIZE, seed=8), []
+
+    def gradient(shift: Tensor) -> Tensor:
+        shifts.append(shift)
+        return A @ (start + shift) - B
+
+    steps = list(random(3, SIZE, seed=9))
+    for (s, y), step in zip(curvature_pairs(gradient_differences(gradient), steps), steps, strict=True):
+        assert torch.equal(s, step)
+        torch.testing.assert_close(y, A @ step)
+    assert len(shifts) == 4
+
+
+def test_neumann_converges_by_its_rate_and_reports_divergence() -> None:
+    assert 0.5 * 50 < largest_eigenvalue(OPERATOR) <= 50 * (1 + 1e-12)
+    found = neumann(OPERATOR, B, tolerance=0, max_products=40, scale=60.0)
+    terms = sum(torch.linalg.matrix_power(torch.eye(SIZE, dtype=torch.float64) - A / 60, k) @ B / 60 for k in range(40))
+    assert relative_error(found.solution, torch.as_tensor(terms)) < 1e-12
+    for operator, scale in ((OPERATOR, 20.0), (INDEFINITE, None)):
+        diverged = neumann(operator, B, tolerance=1e-6, scale=scale)
+        assert not diverged.converged
+        assert diverged.residual > 1e3
+        assert diverged.products < 1000
+
+
+def test_lissa_averages_to_the_solution_of_the_mean() -> None:
+    noise = [0.3 * torch.diag(random(SIZE, seed=seed).sign()) for seed in range(4)]
+    parts: list[Operator] = [DenseOperator(A + e - sum(noise) / 4) for e in noise]
+    one, many = (relative_error(lissa(parts, B, steps=250, repeats=n, scale=30), EXACT) for n in (1, 64))
+    assert many < one / 2 < 0.05  # the noise falls by 8, the bias of 250 steps is 2e-4
+    assert torch.equal(lissa(parts, B, steps=5, seed=1), lissa(parts, B, steps=5, seed=1))
+    with pytest.raises(CurvlibError, match="LiSSA diverged at scale 1:"):
+        lissa(parts, B, steps=3000, scale=1.0)
+
+
+def test_exact_inverse_and_what_it_refuses() -> None:
+    found = exact_solve(INDEFINITE, B)
+    assert relative_error(found.solution, torch.linalg.solve(INDEFINITE.matrix, B)) < 1e-12
+    assert found.residual < 1e-12
+    assert found.products == SIZE + 1
+    with pytest.raises(CurvlibError, match="singular"):
+        exact_inverse(DiagonalOperator(torch.tensor([1.0, 0.0])))
+    with pytest.raises(CurvlibError, match="size 10001 was to be inverted"):
+        exact_inverse(IdentityOperator(10_001))
