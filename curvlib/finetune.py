@@ -120,7 +120,7 @@ def _step(model: nn.Module, batch: Batch, optimiser: torch.optim.Optimizer, max_
     loss = answer_loss(model, batch)
     if not torch.isfinite(loss):
         raise CurvlibError(f"the training loss is {loss.item()}: lower the learning rate")
-    loss.backward()  # type: ignore[no-untyped-call]  # torch's own method is not annotated
+    loss.backward()
     parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
     nn.utils.clip_grad_norm_(parameters, max_norm)
     optimiser.step()

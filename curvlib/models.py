@@ -172,7 +172,7 @@ def nf4_config(dtype: torch.dtype) -> BitsAndBytesConfig:
 
 
 def download(hub_id: str) -> str:
-    """Return the local folder of a Hub model: its newest files, or those of an earlier download if the Hub is silent."""
+    """Return the local folder of a Hub model: its files of today, or of an earlier download if the Hub is silent."""
     # safetensors only: other weight files hold pickled code
     wanted, twice = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"], ["original/*", "consolidated*"]
     return _load(hub_id, lambda: snapshot_download(hub_id, allow_patterns=wanted, ignore_patterns=twice))

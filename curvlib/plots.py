@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 from torch import Tensor
 
@@ -35,7 +36,7 @@ BLACK, ORANGE, SKY, GREEN, BLUE, RED, PINK = (
 CYCLE = (BLUE, ORANGE, GREEN, PINK, SKY, RED)
 MARKERS = "osD^vP"  # a second sign beside the colour
 VERDICT_COLOURS: dict[Verdict, str] = {"complies": RED, "incoherent": "#BBBBBB", "refuses": BLUE}
-STYLE: dict[str, Any] = {
+STYLE: dict[Any, Any] = {
     "figure.dpi": 110,  # below 120 kB a figure as PNG
     "font.size": 11,
     "axes.titlesize": 12,
@@ -185,7 +186,7 @@ def restoration_paths(histories: Mapping[str, Mapping[str, Any]]) -> Figure:
     right.set(xlabel="accepted steps", ylabel="change (nats per token)", title="Worst held-out protected loss")
     for axes in (left, right):
         axes.axhline(0, color="#999999", lw=0.8)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.legend()
     return drawn
 

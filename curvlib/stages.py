@@ -155,7 +155,7 @@ def merge(adapted: PeftModel, dense: PreTrainedModel) -> None:
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the padding token's number."""
-    return int(tokenizer.pad_token_id)  # type: ignore[arg-type]  # load_tokenizer sets it
+    return int(tokenizer.pad_token_id)
 
 
 def load_aligned(tier: Tier) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,23 @@ def test_an_unreachable_hub_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None
     for load in (models.load_model, models.load_tokenizer):
         with pytest.raises(CurvlibError, match=r"^cannot load 'no-one/no-model' \(.*\): check its name.*$"):
             load("no-one/no-model")
+
+
+def test_a_hub_id_works_in_place_of_a_folder_and_brings_no_pickle(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, list[str]] = {}
+
+    def hub(name: str, **patterns: list[str]) -> str:
+        assert name == "org/model"
+        asked.update(patterns)
+        return str(checkpoint)
+
+    monkeypatch.setattr(models, "snapshot_download", hub)
+    there, here = models.load_model("org/model", device="cpu"), models.load_model(str(checkpoint), device="cpu")
+    assert torch.equal(logits(there), logits(here))
+    for file in ("pytorch_model.bin", "original/consolidated.00.pth", "modeling.py", "model.pkl"):
+        assert not any(fnmatch(file, pattern) for pattern in asked["allow_patterns"])
 
 
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -171,9 +171,7 @@ def _backward(
 
     def tap(name: str, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         if output.requires_grad:
-            output.register_hook(  # type: ignore[no-untyped-call]  # torch does not annotate it
-                partial(receive, name, args[0].detach())
-            )
+            output.register_hook(partial(receive, name, args[0].detach()))
 
     def receive(name: str, a: Tensor, g: Tensor) -> None:
         if name in seen or a.ndim != 3:

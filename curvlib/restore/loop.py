@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,8 @@ from torch import Tensor
 
 from curvlib.batches import Batch
 from curvlib.errors import CurvlibError
-from curvlib.evaluate.behaviour import Model, reference_model
+from curvlib.evaluate.behaviour import reference_model
+from curvlib.evaluate.generate import Model
 from curvlib.parameters import assign, flatten, trainable
 from curvlib.progress import bar
 from curvlib.restore import objectives
@@ -56,7 +57,7 @@ class HeldOut:
     """Chats that no gradient sees: they judge each step."""
 
     safety: SafetyBatches
-    protected: dict[str, Sequence[Batch]]
+    protected: Mapping[str, Sequence[Batch]]
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ class _Judge:
 
     model: Model
     safety: Sequence[objectives.Term]
-    protected: dict[str, Sequence[Batch]]
+    protected: Mapping[str, Sequence[Batch]]
 
     def measure(self, *, trust: float, norm: float) -> StepRecord:
         losses = {name: objectives.mean_loss(self.model, batches) for name, batches in self.protected.items()}
