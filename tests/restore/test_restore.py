@@ -80,8 +80,14 @@ def test_the_value_is_the_mean_over_tokens() -> None:
     losses = [(answer_loss(model, batch).item(), batch.tokens) for batch in REFUSALS]
     expected = sum(loss * tokens for loss, tokens in losses) / sum(tokens for _, tokens in losses)
     assert objectives.mean_loss(model, REFUSALS) == pytest.approx(expected)
-    ascent = objectives.value(model, objectives.terms("ascent", SAFETY))
-    assert ascent == pytest.approx(-objectives.mean_loss(model, COMPLIANCES))  # about ln 128 nats, below the bound of 5
+
+
+def test_ascent_is_bounded_batch_by_batch() -> None:
+    model = cases.pair()[0]
+    losses = [(answer_loss(model, batch).item(), batch.tokens) for batch in COMPLIANCES]
+    assert min(losses)[0] < objectives.COMPLIANCE_BOUND < max(losses)[0]  # so that the bound is seen
+    expected = -sum(min(loss, 5.0) * tokens for loss, tokens in losses) / sum(tokens for _, tokens in losses)
+    assert objectives.value(model, objectives.terms("ascent", SAFETY)) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("name", ["fisher", "ggn"])
