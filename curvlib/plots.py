@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import Any
 
-import matplotlib.pyplot as plt  # in a notebook, this import is what teaches Jupyter to draw a Figure
+import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.container import BarContainer
@@ -50,6 +50,7 @@ STYLE: dict[Any, Any] = {
     "errorbar.capsize": 3,
 }
 plt.rcParams.update(STYLE)
+plt.switch_backend(plt.get_backend())  # loads it: only then does Jupyter draw a Figure that ends a cell
 
 
 def figure(columns: int = 1, *, width: float = 7.2, height: float = 3.2, **options: Any) -> tuple[Figure, list[Axes]]:
@@ -80,6 +81,7 @@ def quantisation(normalised: ArrayLike, levels: Mapping[str, ArrayLike], errors:
     for row, (name, colour) in enumerate(zip(levels, CYCLE, strict=False)):
         height = -0.09 * top * (row + 1)
         left.plot(levels[name], np.full(len(np.ravel(levels[name])), height), "|", ms=11, mew=2, c=colour, label=name)
+    left.set_yticks([tick for tick in left.get_yticks() if 0 <= tick <= top])
     left.set(title="Weights between the 16 levels", xlabel="weight / largest of its block", ylabel="density")
     left.legend(fontsize=10)
     values, lengths = whiskers(list(errors.values()))
@@ -218,4 +220,4 @@ def _label(axes: Axes, bars: BarContainer, values: Sequence[float], above: Seque
     """Write each value over its bar's whisker."""
     for bar, value, length in zip(bars, values, above, strict=True):
         place = (bar.get_x() + bar.get_width() / 2, value + length)
-        axes.annotate(f"{value:.3g}", place, (0, 3), textcoords="offset points", ha="center")
+        axes.annotate(f"{value:.1f}", place, (0, 3), textcoords="offset points", ha="center")

@@ -93,7 +93,7 @@ def test_quantisation_draws_levels_and_labelled_errors() -> None:
     assert [line.get_xdata().tolist() for line in left.lines] == [list(marks) for marks in levels.values()]
     assert [bar.get_height() for bar in right.patches] == pytest.approx([9.1, 12])
     np.testing.assert_allclose(whisker_ends(right), percent(*errors.values()))
-    assert [text.get_text() for text in right.texts] == ["9.1", "12"]
+    assert [text.get_text() for text in right.texts] == ["9.1", "12.0"]
 
 
 def test_figures_are_small_files_and_leave_nothing_open() -> None:
