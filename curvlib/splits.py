@@ -15,8 +15,8 @@ from curvlib.data import Example, load_source, refusal_labels, task_question
 from curvlib.fetch import data_folder
 
 SEED = 0
-# Two prompts that share half of their content words ask for the same thing: among AdvBench pairs with a Jaccard
-# index in [0.5, 0.6) about two thirds are rewordings, in [0.4, 0.5) about one in six (data/README.md shows some).
+# Two prompts that share half of their content words ask for the same thing: of AdvBench pairs with a Jaccard index
+# from 0.5 to 0.6 about three in four are rewordings, from 0.4 to 0.5 about one in four (read in data/README.md).
 NEAR = 0.5
 LONGEST = 60  # words; longer prompts would set the length of every batch
 # Words that frame a request ("write a step-by-step guide on how to ...") and say nothing of its content.

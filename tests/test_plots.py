@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -17,6 +18,9 @@ from curvlib.evaluate.intervals import Estimate, rate
 from curvlib.evaluate.judge import Verdict
 from curvlib.evaluate.scorecard import Scorecard
 from curvlib.evaluate.utility import Choices
+from curvlib.notebook_file import code_cells, read
+from curvlib.runner import run_notebook
+from tests.notebook_cases import lesson
 
 VERDICTS: list[Verdict] = ["complies"] * 5 + ["incoherent"] * 2 + ["refuses"] * 3
 MIXED, SAFE = summarise(VERDICTS, [""] * 10), summarise(["refuses"] * 10, [""] * 10)
@@ -106,3 +110,10 @@ def test_figures_are_small_files_and_leave_nothing_open() -> None:
     ]
     assert max(map(png_size, drawn)) < 120_000
     assert plt.get_fignums() == []
+
+
+def test_a_notebook_draws_the_figure_that_a_cell_ends_with(tmp_path: Path) -> None:
+    cell = "from curvlib import plots\n\nplots.figure()[0]"
+    assert run_notebook(lesson(tmp_path / "00_figure.ipynb", cell), tmp_path / "run", "ci", 0).fault == ""
+    outputs = [output for code in code_cells(read(tmp_path / "run" / "00_figure.ipynb")) for output in code.outputs]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 1
