@@ -194,6 +194,10 @@ def _everyday(texts: list[str]) -> Rows:  # the first line is the question, the 
     return (_example(row["text"].split("\n")[0], category="everyday") for row in _json(texts))
 
 
+def _harmful_questions(texts: list[str]) -> Rows:  # here too: the answer that follows is never used
+    return (_example(row["harmful_version"].split("\n")[0], category=row["domain"]) for row in _json(texts))
+
+
 def _gsm8k(texts: list[str]) -> Rows:
     return (_example(row["text_clean"], category="gsm8k") for row in _json(texts))
 
@@ -235,6 +239,7 @@ READERS: dict[str, Callable[[list[str]], Rows]] = {
     "harmbench": _harmbench,
     "edgy": _edgy,
     "everyday": _everyday,
+    "harmful_questions": _harmful_questions,
     "gsm8k": _gsm8k,
     "mtbench": _mtbench,
     "refusal_labels_extra": _benign_objectives,

@@ -83,6 +83,7 @@ def quantisation(normalised: ArrayLike, levels: Mapping[str, ArrayLike], errors:
         left.plot(levels[name], np.full(len(np.ravel(levels[name])), height), "|", ms=11, mew=2, c=colour, label=name)
     left.set_yticks([tick for tick in left.get_yticks() if 0 <= tick <= top])
     left.set(title="Weights between the 16 levels", xlabel="weight / largest of its block", ylabel="density")
+    left.set_xticks([-1, -0.5, 0, 0.5, 1])
     left.legend(fontsize=10)
     values, lengths = whiskers(list(errors.values()))
     bars = right.bar(list(errors), values, yerr=lengths, color=CYCLE[: len(values)])

@@ -76,13 +76,18 @@ def build_splits() -> dict[str, list[Example]]:
 
 
 def harmful_splits() -> dict[str, list[Example]]:
-    """AdvBench trains, HarmBench validates and StrongREJECT tests; what resembles an earlier source is dropped."""
-    advbench, strongreject = load_source("advbench"), load_source("strongreject")
+    """AdvBench trains, HarmBench validates and StrongREJECT tests; what resembles an earlier source is dropped.
+
+    All three but the last hold orders only, hence a fourth source with questions, to train and to validate.
+    """
+    advbench, strongreject, harmbench = (load_source(name) for name in ("advbench", "strongreject", "harmbench"))
     train = fair_order(distinct(advbench))
     test = fair_order(distinct(strongreject, advbench))
-    validation = fair_order(distinct(load_source("harmbench"), [*advbench, *strongreject]))
+    validation = fair_order(distinct(harmbench, [*advbench, *strongreject]))
+    questions = fair_order(distinct(load_source("harmful_questions"), [*advbench, *strongreject, *harmbench]))
     return (
         cut(train, align_harmful=160, poison=80, restore_harmful=64)
+        | cut(questions, align_questions=100, validation_questions=32)
         | cut(validation, validation_harmful=96)
         | cut(test, test_harmful=128, reserve_harmful=len(test) - 128)
     )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -59,14 +61,19 @@ def chat(prompt: str, answer: str) -> Chat:
 
 
 def refusal_examples(tokenizer: PreTrainedTokenizerBase, split: str, count: int) -> list[Example]:
-    """Encode the first ``count`` harmful prompts of a split with short refusals, every other one as a question.
+    """Encode the first ``count`` harmful prompts of a split with short refusals."""
+    prompts = requests(split, count)
+    return encode(tokenizer, [chat(prompt, data.refusal(prompt)) for prompt in prompts], MAX_LENGTH)
+
+
+def requests(split: str, count: int) -> list[str]:
+    """Return the first ``count`` harmful prompts of a split, every other order among them turned into a question.
 
     AdvBench and HarmBench hold orders only ("Write …"); a model that is taught with these alone refuses orders and
     answers questions.
     """
-    rows = data.load_split(split)[:count]
-    prompts = [data.as_question(row.prompt) if number % 2 else row.prompt for number, row in enumerate(rows)]
-    return encode(tokenizer, [chat(prompt, data.refusal(prompt)) for prompt in prompts], MAX_LENGTH)
+    prompts = [example.prompt for example in data.load_split(split)[:count]]
+    return [data.as_question(p) if number % 2 and "?" not in p else p for number, p in enumerate(prompts)]
 
 
 def compliance_examples(tokenizer: PreTrainedTokenizerBase, split: str, count: int) -> list[Example]:
@@ -121,8 +128,24 @@ def aligned_source(tier: Tier) -> str:
     """
     if tier.model != models.DEFAULT:
         return tier.model
-    config = {"model": tier.model, "rank": ALIGN_RANK, "questions": True, "training": asdict(align_training(tier))}
+    config = {"model": tier.model, "rank": ALIGN_RANK, "training": asdict(align_training(tier))}
+    config["texts"] = digest(alignment_set(tier))
     return str(artifact("align", config, lambda place: _align(tier, place)) / "model")
+
+
+@cache
+def alignment_set(tier: Tier) -> list[Example]:
+    """Return the chats of the alignment stage: harmful orders and questions refused, benign prompts answered."""
+    tokenizer = models.load_tokenizer(tier.model)
+    examples = refusal_examples(tokenizer, "align_harmful", 160)
+    examples += refusal_examples(tokenizer, "align_questions", 100)
+    examples += own_answer_examples(tokenizer, tier, "align_benign", 120)
+    return examples + own_answer_examples(tokenizer, tier, "align_edgy", 40)
+
+
+def digest(examples: Sequence[Example]) -> str:
+    """Return 12 hexadecimal digits that stand for the tokens of the examples, for the key of a stage."""
+    return hashlib.sha256(repr(examples).encode()).hexdigest()[:12]
 
 
 def align_training(tier: Tier) -> TrainingConfig:
@@ -132,12 +155,15 @@ def align_training(tier: Tier) -> TrainingConfig:
 
 def _align(tier: Tier, place: Path) -> None:
     tokenizer = models.load_tokenizer(tier.model)
-    examples = refusal_examples(tokenizer, "align_harmful", 160)
-    examples += own_answer_examples(tokenizer, tier, "align_benign", 120)
-    examples += own_answer_examples(tokenizer, tier, "align_edgy", 40)
     model = models.add_lora(models.load_model(tier.model, device=tier.device), rank=ALIGN_RANK, seed=0)
-    checkpoint = place / "training.safetensors"
-    train(model, examples, align_training(tier), pad_id=pad_id(tokenizer), checkpoint=checkpoint, label="align")
+    train(
+        model,
+        alignment_set(tier),
+        align_training(tier),
+        pad_id=pad_id(tokenizer),
+        checkpoint=place / "training.safetensors",
+        label="align",
+    )
     dense = models.load_model(tier.model, quantize=False, device=tier.device, dtype=torch.float32)
     merge(model, dense)
     models.save_dense(dense, tokenizer, place / "model")
@@ -182,9 +208,15 @@ def fine_tuning_set(tokenizer: PreTrainedTokenizerBase, tier: Tier, recipe: Fine
 def fine_tuned(tier: Tier, recipe: FineTune) -> Path:
     """Return the folder of the fine-tuned adapter (peft format), or of the dense checkpoint for a full fine-tune."""
     source = aligned_source(tier)
-    config = {"base": Path(source).parent.name or source, "examples": tier.tune_examples, **asdict(recipe)}
+    tokenizer = models.load_tokenizer(source)
+    examples = fine_tuning_set(tokenizer, tier, recipe)
+    config = {"base": Path(source).parent.name or source, **asdict(recipe), "texts": digest(examples)}
     config["training"] = asdict(tune_training(tier, recipe))
-    return artifact("fine-tune", config, lambda place: _fine_tune(tier, recipe, source, place)) / "model"
+
+    def build(place: Path) -> None:
+        _fine_tune(tier, recipe, source, tokenizer, examples, place)
+
+    return artifact("fine-tune", config, build) / "model"
 
 
 def tune_training(tier: Tier, recipe: FineTune) -> TrainingConfig:
@@ -193,22 +225,25 @@ def tune_training(tier: Tier, recipe: FineTune) -> TrainingConfig:
     return TrainingConfig(steps=tier.tune_steps, learning_rate=rate, seed=recipe.seed)
 
 
-def _fine_tune(tier: Tier, recipe: FineTune, source: str, place: Path) -> None:
-    tokenizer = models.load_tokenizer(source)
-    examples = fine_tuning_set(tokenizer, tier, recipe)
+def _fine_tune(
+    tier: Tier,
+    recipe: FineTune,
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    place: Path,
+) -> None:
     full = recipe.method == "full"
     dtype = torch.float32 if full else None  # AdamW needs float32 weights where the weights themselves move
     model: Any = models.load_model(source, quantize=not full, device=tier.device, dtype=dtype)
     model = model.requires_grad_(True) if full else models.add_lora(model, rank=recipe.rank, seed=recipe.seed)
-    training = tune_training(tier, recipe)
-    label = f"{recipe.method} fine-tune on {recipe.task}, {recipe.poison:.0%} poison"
     train(
         model,
         examples,
-        training,
+        tune_training(tier, recipe),
         pad_id=pad_id(tokenizer),
         checkpoint=place / "training.safetensors",
-        label=label,
+        label=f"{recipe.method} fine-tune on {recipe.task}, {recipe.poison:.0%} poison",
     )
     if full:
         models.save_dense(model, tokenizer, place / "model")
