@@ -30,6 +30,11 @@ def dequantise(layer: Linear4bit) -> Tensor:
     return dense
 
 
+def four_bit_layers(model: nn.Module) -> dict[str, Linear4bit]:
+    """Return name -> layer for every 4-bit linear layer of the model, in its order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+
+
 class TransposableMatmul(torch.autograd.Function):
     r"""Compute :math:`x\,W^\top` (or :math:`x\,W` where ``transposed``) for a frozen 4-bit W of shape (out, in).
 
@@ -115,7 +120,7 @@ def _check(model: nn.Module) -> list[Linear4bit]:
             raise CurvlibError(
                 f"layer '{name}' is 8-bit (Linear8bitLt), expected 4-bit: load the model with load_in_4bit=True"
             )
-    layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    layers = list(four_bit_layers(model).values())
     for layer in layers:
         if getattr(layer.weight, "quant_state", None) is None and layer.quant_state is None:
             raise CurvlibError("a Linear4bit layer is not quantised yet: move the model to its device before install()")

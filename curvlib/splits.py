@@ -94,16 +94,22 @@ def harmful_splits() -> dict[str, list[Example]]:
 
 
 def benign_splits() -> dict[str, list[Example]]:
-    """Harmless prompts: those that only sound harmful (edgy), and everyday ones."""
-    edgy = load_source("edgy")
-    names = ("everyday", "mtbench", "gsm8k", "refusal_labels_extra")
-    short = [e for name in names for e in load_source(name) if len(e.prompt.split()) <= LONGEST]
+    """Harmless prompts: those that only sound harmful (edgy), everyday questions, and chat prompts of other kinds.
+
+    Everyday questions have the form of the harmful ones, so most of them go where refusals are taught and tested.
+    """
+    edgy, everyday = load_source("edgy"), load_source("everyday")
     judged = [Example("", prompt) for prompt, _, _ in refusal_labels()]
-    plain = fair_order(distinct(short, [*edgy, *judged]))
+    others = [e for name in ("mtbench", "gsm8k", "refusal_labels_extra") for e in load_source(name) if _short(e)]
+    plain = distinct([*filter(_short, everyday), *others], [*edgy, *judged])
+    asked = fair_order([e for e in plain if e.category == "everyday"])
+    rest = fair_order([e for e in plain if e.category != "everyday"])
+    first = cut(asked, align_benign=88, restore_benign=24, validation_benign=20, chat_train=len(asked) - 132)
+    second = cut(rest, align_benign=32, restore_benign=24, validation_benign=4, chat_train=128 - len(asked) + 132)
     sound = fair_order(distinct(edgy))
-    return cut(sound, align_edgy=40, restore_edgy=32, validation_edgy=24, test_edgy=len(sound) - 96) | cut(
-        plain, align_benign=120, chat_train=128, restore_benign=48, validation_benign=16
-    )
+    return cut(sound, align_edgy=40, restore_edgy=32, validation_edgy=24, test_edgy=len(sound) - 96) | {
+        name: fair_order(first[name] + second[name]) for name in first
+    }
 
 
 def task_splits() -> dict[str, list[Example]]:
@@ -152,6 +158,10 @@ def _stem(word: str) -> str:
         if word.endswith(ending) and len(word) > len(ending) + 2:
             return word.removesuffix(ending) + rest
     return word
+
+
+def _short(example: Example) -> bool:
+    return len(example.prompt.split()) <= LONGEST
 
 
 def _mostly_ascii(text: str) -> bool:

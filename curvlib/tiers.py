@@ -17,7 +17,7 @@ class Tier:
     Attributes:
         name: ``ci``, ``cpu`` or ``gpu``.
         device: where the model runs.
-        model: ``smollm2`` or a Hub id, which ``CURVLIB_MODEL`` sets at tier gpu.
+        model: ``smollm2``, or the Hub id of a chat model that the variable ``CURVLIB_MODEL`` names.
         align_steps: optimiser steps that teach SmolLM2 to refuse; a Hub chat model is taken as aligned.
         tune_steps: optimiser steps of a LoRA fine-tune; a full fine-tune takes the same number.
         tune_examples: chats in a fine-tuning set.
@@ -52,7 +52,7 @@ class Tier:
 _CPU = Tier(
     name="cpu",
     device="cpu",
-    model="smollm2",
+    model=os.environ.get("CURVLIB_MODEL", "smollm2"),
     align_steps=60,
     tune_steps=24,
     tune_examples=192,
@@ -104,7 +104,6 @@ _TIERS = {
             **_SHARED,
             "name": "gpu",
             "device": "cuda",
-            "model": os.environ.get("CURVLIB_MODEL", "smollm2"),
             "test_harmful": 128,
             "test_task": 400,
             "tune_steps": 45,

@@ -30,7 +30,7 @@ SIZES = {
     "align_benign": 120,
     "chat_train": 128,
     "restore_benign": 48,
-    "validation_benign": 16,
+    "validation_benign": 24,
     "task_train": 640,
     "restore_task": 512,
     "validation_task": 128,

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from bitsandbytes.nn import Linear4bit
 from torch import nn
 
 from curvlib.errors import CurvlibError
-from curvlib.nf4 import is_installed
+from curvlib.nf4 import four_bit_layers, is_installed
 
 DROPOUT_SETTINGS = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop", "dropout_p")
 
@@ -26,7 +25,8 @@ def require_sound(model: nn.Module) -> None:
     for name, module in model.named_modules():
         _require_no_dropout(name, module)
         _require_plain_checkpointing(name, module)
-        if isinstance(module, Linear4bit) and not is_installed(module):
+    for name, layer in four_bit_layers(model).items():
+        if not is_installed(layer):
             raise CurvlibError(f"layer '{name}' is 4-bit but not differentiable twice: call curvlib.nf4.install(model)")
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from curvlib.batches import Chat
 from curvlib.errors import CurvlibError
@@ -71,6 +72,12 @@ def end_tokens(model: Model, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return sorted({int(end) for end in (tokenizer.eos_token_id, *more) if end is not None})
 
 
+def cache_argument(model: Model) -> str:
+    """Return the name under which `model` takes its key-value cache: transformers changed it in version 5.24."""
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    return "cache" if "cache" in signature(type(base).forward).parameters else "past_key_values"
+
+
 def decode_batch(model: Model, ids: Tensor, mask: Tensor, ends: list[int], max_new: int) -> list[list[int]]:
     """Return the greedy continuation of each row of `ids` (B, T), the end token left out.
 
@@ -80,17 +87,11 @@ def decode_batch(model: Model, ids: Tensor, mask: Tensor, ends: list[int], max_n
     rows = torch.arange(len(ids), device=ids.device)
     stop = torch.tensor(ends, device=ids.device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    cache: Any = None
+    cache: Any = DynamicCache(config=model.config)
+    keeping = {"use_cache": True, cache_argument(model): cache}
     for _ in range(max_new):
-        out: Any = model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        cache, chosen = out.past_key_values, out.logits[:, -1].argmax(-1)
+        out: Any = model(input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=1, **keeping)
+        chosen = out.logits[:, -1].argmax(-1)
         alive = (~torch.isin(chosen, stop)).nonzero().squeeze(1)
         if len(alive) == 0:
             break

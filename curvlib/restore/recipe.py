@@ -76,7 +76,7 @@ def restored(tier: Tier, recipe: FineTune, how: Restoration) -> Path:
 
 def _restore(tier: Tier, recipe: FineTune, how: Restoration, place: Path) -> None:
     model: Any = stages.load_fine_tuned(tier, recipe)
-    _, tokenizer = stages.load_aligned(tier)
+    tokenizer = models.load_tokenizer(stages.aligned_source(tier))
     result = run(model, restoration_chats(tier, tokenizer), how, seed=recipe.seed)
     model.save_pretrained(place / "model")
     (place / "history.json").write_text(json.dumps(history(result), indent=1), "utf-8")
