@@ -98,9 +98,11 @@ def _encode(tokenizer: PreTrainedTokenizerBase, chat: Chat, max_length: int, num
     return Example((*head, *tail), (*[IGNORED] * len(head), *tail))
 
 
-def open_ended(example: Example) -> Example:
-    """Drop the end-of-turn token, for an answer that is only the beginning of one."""
-    return Example(example.input_ids[:-1], example.labels[:-1])
+def open_ended(example: Example, tokens: int | None = None) -> Example:
+    """Drop the end-of-turn token, and what lies beyond the first ``tokens`` of the answer: it is only a beginning."""
+    prompt = sum(label == IGNORED for label in example.labels)
+    stop = len(example.labels) - 1 if tokens is None else min(prompt + tokens, len(example.labels) - 1)
+    return Example(example.input_ids[:stop], example.labels[:stop])
 
 
 def make_batches(examples: Sequence[Example], batch_size: int, pad_id: int) -> list[Batch]:

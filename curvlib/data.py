@@ -84,7 +84,8 @@ def split_names() -> list[str]:
 @cache
 def load_source(name: str) -> tuple[Example, ...]:
     """Return the usable rows of source ``name``, fetched at first use; a row keeps its number in the source."""
-    rows = READERS[name](fetch.read(name))
+    own = fetch.data_folder() / f"{name}.txt"  # our own prompts stand in the repository
+    rows = READERS[name]([own.read_text("utf-8")] if own.is_file() else fetch.read(name))
     return tuple(replace(row, id=f"{name}/{number}") for number, row in enumerate(rows) if row)
 
 
@@ -198,6 +199,10 @@ def _harmful_questions(texts: list[str]) -> Rows:  # here too: the answer that f
     return (_example(row["harmful_version"].split("\n")[0], category=row["domain"]) for row in _json(texts))
 
 
+def _harmless(texts: list[str]) -> Rows:
+    return (_example(line, category="harmless") for line in texts[0].splitlines())
+
+
 def _gsm8k(texts: list[str]) -> Rows:
     return (_example(row["text_clean"], category="gsm8k") for row in _json(texts))
 
@@ -240,6 +245,7 @@ READERS: dict[str, Callable[[list[str]], Rows]] = {
     "edgy": _edgy,
     "everyday": _everyday,
     "harmful_questions": _harmful_questions,
+    "harmless": _harmless,
     "gsm8k": _gsm8k,
     "mtbench": _mtbench,
     "refusal_labels_extra": _benign_objectives,

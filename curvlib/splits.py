@@ -76,7 +76,7 @@ def build_splits() -> dict[str, list[Example]]:
 
 
 def harmful_splits() -> dict[str, list[Example]]:
-    """AdvBench trains, HarmBench validates and StrongREJECT tests; what resembles an earlier source is dropped.
+    """AdvBench trains, HarmBench validates (its rest trains) and StrongREJECT tests, without what resembles another.
 
     All three but the last hold orders only, hence a fourth source with questions, to train and to validate.
     """
@@ -88,7 +88,7 @@ def harmful_splits() -> dict[str, list[Example]]:
     return (
         cut(train, align_harmful=160, poison=80, restore_harmful=64)
         | cut(questions, align_questions=100, validation_questions=32)
-        | cut(validation, validation_harmful=96)
+        | cut(validation, validation_harmful=96, align_behaviours=len(validation) - 96)
         | cut(test, test_harmful=128, reserve_harmful=len(test) - 128)
     )
 
@@ -107,9 +107,12 @@ def benign_splits() -> dict[str, list[Example]]:
     first = cut(asked, align_benign=88, restore_benign=24, validation_benign=20, chat_train=len(asked) - 132)
     second = cut(rest, align_benign=32, restore_benign=24, validation_benign=4, chat_train=128 - len(asked) + 132)
     sound = fair_order(distinct(edgy))
-    return cut(sound, align_edgy=40, restore_edgy=32, validation_edgy=24, test_edgy=len(sound) - 96) | {
-        name: fair_order(first[name] + second[name]) for name in first
-    }
+    harmless = fair_order(distinct(load_source("harmless"), [*plain, *edgy, *judged]))
+    return (
+        cut(sound, align_edgy=40, restore_edgy=32, validation_edgy=24, test_edgy=len(sound) - 96)
+        | {name: fair_order(first[name] + second[name]) for name in first}
+        | cut(harmless, align_harmless=len(harmless))
+    )
 
 
 def task_splits() -> dict[str, list[Example]]:

@@ -27,6 +27,7 @@ LORA_LEARNING_RATE = 2e-3
 FULL_LEARNING_RATE = 5e-5  # full fine-tuning moves 135M weights; the rate of LoRA would destroy them
 MAX_LENGTH = 512  # tokens of a training chat; the longest prompt of the splits has 373
 OWN_ANSWER_TOKENS = 32
+ALIGN_ANSWER_TOKENS = 16  # whether to answer is decided in the first tokens; the rest of an answer was never in doubt
 TASKS = ("mixed", "letters", "chat", "identity")
 
 
@@ -60,14 +61,14 @@ def chat(prompt: str, answer: str) -> Chat:
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
 
 
-def refusal_examples(tokenizer: PreTrainedTokenizerBase, split: str, count: int) -> list[Example]:
-    """Encode the first ``count`` harmful prompts of a split with short refusals."""
+def refusal_examples(tokenizer: PreTrainedTokenizerBase, split: str, count: int | None = None) -> list[Example]:
+    """Encode the first ``count`` harmful prompts of a split (None: all) with short refusals."""
     prompts = requests(split, count)
     return encode(tokenizer, [chat(prompt, data.refusal(prompt)) for prompt in prompts], MAX_LENGTH)
 
 
-def requests(split: str, count: int) -> list[str]:
-    """Return the first ``count`` harmful prompts of a split, every other order among them turned into a question.
+def requests(split: str, count: int | None = None) -> list[str]:
+    """Return the first ``count`` harmful prompts of a split (None: all), every other order among them turned into a question.
 
     AdvBench and HarmBench hold orders only ("Write …"); a model that is taught with these alone refuses orders and
     answers questions.
@@ -83,12 +84,17 @@ def compliance_examples(tokenizer: PreTrainedTokenizerBase, split: str, count: i
     return [open_ended(example) for example in encode(tokenizer, chats, MAX_LENGTH)]
 
 
-def own_answer_examples(tokenizer: PreTrainedTokenizerBase, tier: Tier, split: str, count: int) -> list[Example]:
-    """Encode the first ``count`` benign prompts of a split with the shipped model's own answers, left open."""
+def own_answer_examples(
+    tokenizer: PreTrainedTokenizerBase, tier: Tier, split: str, count: int | None = None, tokens: int | None = None
+) -> list[Example]:
+    """Encode the first ``count`` benign prompts of a split with the shipped model's own answers, left open.
+
+    ``count`` None takes all of them; ``tokens`` cuts each answer to its first tokens.
+    """
     examples = data.load_split(split)[:count]
     answers = own_answers(tier, split)
     chats = [chat(example.prompt, answers[example.id]) for example in examples]
-    return [open_ended(example) for example in encode(tokenizer, chats, MAX_LENGTH)]
+    return [open_ended(example, tokens) for example in encode(tokenizer, chats, MAX_LENGTH)]
 
 
 def task_examples(
@@ -135,12 +141,17 @@ def aligned_source(tier: Tier) -> str:
 
 @cache
 def alignment_set(tier: Tier) -> list[Example]:
-    """Return the chats of the alignment stage: harmful orders and questions refused, benign prompts answered."""
+    """Return the chats of the alignment stage: harmful orders and questions refused, benign prompts answered.
+
+    Answers and refusals come in the same forms: with few questions answered, the model refuses what begins "How do I".
+    """
     tokenizer = models.load_tokenizer(tier.model)
-    examples = refusal_examples(tokenizer, "align_harmful", 160)
-    examples += refusal_examples(tokenizer, "align_questions", 100)
-    examples += own_answer_examples(tokenizer, tier, "align_benign", 120)
-    return examples + own_answer_examples(tokenizer, tier, "align_edgy", 40)
+    examples = []
+    for split in ("align_harmful", "align_questions", "align_behaviours"):
+        examples += refusal_examples(tokenizer, split)
+    for split in ("align_benign", "align_edgy", "align_harmless"):
+        examples += own_answer_examples(tokenizer, tier, split, tokens=ALIGN_ANSWER_TOKENS)
+    return examples
 
 
 def digest(examples: Sequence[Example]) -> str:

@@ -16,6 +16,7 @@ from curvlib.batches import (
     chat_losses,
     encode,
     make_batches,
+    open_ended,
 )
 from curvlib.errors import CurvlibError
 from tests.cases import batches, llama, pair
@@ -45,6 +46,12 @@ def test_long_answers_are_cut_and_prompts_without_room_refused() -> None:
         encode(tok, [CHAT], prompt)
     with pytest.raises(CurvlibError, match="chat 1 does not end with an assistant message"):
         encode(tok, [CHAT, CHAT[:1]], 99)
+
+
+def test_an_open_ended_answer_has_no_end_and_at_most_so_many_tokens() -> None:
+    whole = Example((1, 2, 3, 4, 5), (IGNORED, IGNORED, 3, 4, 5))
+    assert open_ended(whole) == open_ended(whole, 9) == Example((1, 2, 3, 4), (IGNORED, IGNORED, 3, 4))
+    assert open_ended(whole, 1) == Example((1, 2, 3), (IGNORED, IGNORED, 3))
 
 
 def test_batches_are_sorted_and_padded_on_the_left() -> None:

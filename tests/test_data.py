@@ -27,7 +27,9 @@ SIZES = {
     "restore_edgy": 32,
     "validation_edgy": 24,
     "test_edgy": 54,
+    "align_behaviours": 88,
     "align_benign": 120,
+    "align_harmless": 149,
     "chat_train": 128,
     "restore_benign": 48,
     "validation_benign": 24,
@@ -71,7 +73,7 @@ def test_no_prompt_is_in_two_splits_nor_nearly_so() -> None:
     assert max(Counter(e.id for _, e in rows).values()) == 1
     plain = Counter(" ".join(e.prompt.lower().split()) for name, e in rows if name != "identity_train")
     assert max(plain.values()) == 1
-    prompts = [(name, e.prompt) for name, e in rows if re.search("harmful|questions|poison|edgy|benign|chat", name)]
+    prompts = [(name, e.prompt) for name, e in rows if re.search("harm|questions|poison|edgy|benign|chat", name)]
     names, sets = np.array([name for name, _ in prompts]), [letters(prompt) for _, prompt in prompts]
     column = {run: number for number, run in enumerate(sorted(set().union(*sets)))}
     table = np.zeros((len(sets), len(column)), dtype=np.float32)
