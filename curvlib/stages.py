@@ -68,7 +68,7 @@ def refusal_examples(tokenizer: PreTrainedTokenizerBase, split: str, count: int 
 
 
 def requests(split: str, count: int | None = None) -> list[str]:
-    """Return the first ``count`` harmful prompts of a split (None: all), every other order among them turned into a question.
+    """Return the first ``count`` harmful prompts of a split (None: all), every other order turned into a question.
 
     AdvBench and HarmBench hold orders only ("Write …"); a model that is taught with these alone refuses orders and
     answers questions.
