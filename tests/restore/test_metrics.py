@@ -30,7 +30,7 @@ def test_identity_is_the_identity() -> None:
     assert torch.equal(build_metric("identity", cases.pair()[0], [], damping=1.0, products=1).solve(b).solution, b)
 
 
-@pytest.mark.parametrize(("name", "damping"), [("fisher", 0.1), ("ggn", 0.1), ("ekfac", 0.1), ("hessian", 1.0)])
+@pytest.mark.parametrize(("name", "damping"), [("fisher", 0.1), ("ggn", 0.1), ("ekfac", 0.1), ("hessian", 3.0)])
 def test_a_solver_inverts_its_damped_matrix(name: str, damping: float) -> None:
     model, shift = cases.pair()[0], damping * fisher().scale
     operators = {
@@ -46,7 +46,7 @@ def test_a_solver_inverts_its_damped_matrix(name: str, damping: float) -> None:
     assert cases.relative_error(product, b) < 2e-2
     assert float(found.solution @ product) == pytest.approx(float(found.solution @ b), rel=1e-3)
     assert (found.products > 0) == (name in ("ggn", "hessian"))
-    assert cases.relative_error(matrix.matvec(b / shift), b) > 3e-2  # so that the matrix is seen
+    assert cases.relative_error(matrix.matvec(b / shift), b) > 2e-2  # so that the matrix is seen
 
 
 @pytest.mark.parametrize(("name", "sign"), [("lbfgs", 1.0), ("composite", -1.0)])
@@ -73,7 +73,7 @@ def test_lbfgs_stays_positive_where_the_curvature_is_not(name: str) -> None:
 def test_negative_curvature_of_the_hessian_is_told() -> None:
     b = cases.random(fisher().size, dtype=torch.float32)
     for name, found in (("hessian", True), ("ggn", False)):
-        metric = build_metric(name, cases.pair()[0], TASK, damping=1e-4, products=20)
+        metric = build_metric(name, cases.pair()[0], TASK[:1], damping=1e-4, products=12)
         assert (metric.solve(b).negative_curvature is not None) == found
 
 
