@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from curvlib import nf4
-from curvlib.batches import Batch, Example, make_batches
+from curvlib.batches import IGNORED, Batch, Example, answer_logits, make_batches
 
 VOCABULARY, HIDDEN, INTERMEDIATE = 128, 64, 192
 
@@ -49,6 +50,20 @@ def batches(count: int = 6, size: int = 3, seed: int = 0) -> list[Batch]:
         tokens = torch.randint(1, VOCABULARY, (head + tail,), generator=generator).tolist()
         examples.append(Example(tuple(tokens), (*[-100] * head, *tokens[head:])))
     return make_batches(examples, size, pad_id=0)
+
+
+@torch.no_grad()
+def said_by_base(model: PeftModel, given: Sequence[Batch]) -> list[Batch]:
+    """The same chats with the tokens that the model likes best without its adapter as the answers to predict."""
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    with model.disable_adapter():
+        likeliest = [answer_logits(model, batch).argmax(-1) for batch in given]
+    for parameter, flag in zip(model.parameters(), flags, strict=True):
+        parameter.requires_grad_(flag)
+    return [
+        replace(batch, labels=batch.labels.masked_scatter(batch.labels != IGNORED, tokens))
+        for batch, tokens in zip(given, likeliest, strict=True)
+    ]
 
 
 def llama(seed: int = 0, **settings: Any) -> LlamaForCausalLM:

@@ -5,84 +5,37 @@ Each step maximises the safety gain for a given predicted rise of the protected 
 .. math:: \min_\delta\ g^\top\delta \quad\text{s.t.}\quad \tfrac12\,\delta^\top M\,\delta \le \tau
     \qquad\Rightarrow\qquad \delta = -\sqrt{\frac{2\tau}{g^\top M^{-1} g}}\; M^{-1} g,
 
-and is taken only if held-out losses agree. Re-implemented from the ideas stated by Bach et al. (arXiv 2511.18039), of
-which only abstract and introduction were read; objective, metric and safeguards are readings of ours.
+and is taken only if held-out losses agree. Optionally the step is first made orthogonal to the gradient
+:math:`g_t` of the protected loss in that metric, so that this loss does not rise to first order:
+
+.. math:: \delta \leftarrow \delta - M^{-1}g_t\, \frac{g_t^\top\delta}{g_t^\top M^{-1} g_t} .
+
+Re-implemented from the ideas stated by Bach et al. (arXiv 2511.18039), of which only abstract and introduction were
+read; objective, metric and safeguards are readings of ours.
 """
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from curvlib.batches import Batch
 from curvlib.errors import CurvlibError
-from curvlib.evaluate.behaviour import reference_model
 from curvlib.evaluate.generate import Model
 from curvlib.parameters import assign, flatten, trainable
 from curvlib.progress import bar
 from curvlib.restore import objectives
-from curvlib.restore.metrics import Metric, build_metric, half_square
-from curvlib.restore.objectives import SafetyBatches
+from curvlib.restore.metrics import Metric, build_metric
+from curvlib.restore.objectives import SafetyBatches, Term
+from curvlib.restore.outcome import Budget, HeldOut, Judge, RestorationResult, StepRecord, chats
+from curvlib.restore.weighted_return import weighted_return
 
-
-@dataclass(frozen=True)
-class Budget:
-    r"""What restoration may spend.
-
-    Attributes:
-        steps: most steps taken.
-        products: most curvature products for one step.
-        trust: :math:`\tau` of the first step, in nats per answer token of the protected chats. A step that passes at
-            once doubles it, a shortened one shrinks it to what passed.
-        rise: most that any held-out protected loss may rise above where it started, in nats per token.
-        halvings: how often a step that fails on held-out losses is halved before the search ends.
-        damping: :math:`\lambda` as a multiple of the metric's mean eigenvalue.
-    """
-
-    steps: int = 3
-    products: int = 6
-    trust: float = 0.05
-    rise: float = 0.1
-    halvings: int = 4
-    damping: float = 1.0
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """Chats that no gradient sees: they judge each step."""
-
-    safety: SafetyBatches
-    protected: Mapping[str, Sequence[Batch]]
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    r"""One accepted step: held-out losses after it, the :math:`\tau` it used, the l2 norm of all steps so far."""
-
-    safety: float
-    protected: dict[str, float]
-    trust: float
-    norm: float
-
-
-@dataclass(frozen=True)
-class RestorationResult:
-    """What happened, and the trainable parameters (P,) ``before`` and ``after``.
-
-    ``curvlib.parameters.assign(trainable(model), result.before)`` undoes the restoration. ``steps[0]`` is the start.
-    """
-
-    steps: tuple[StepRecord, ...]
-    products: int
-    seconds: float
-    stop_reason: str
-    before: Tensor
-    after: Tensor
+POOR, GOOD = 0.25, 0.75  # ratios of actual to predicted gain between which a trust region keeps its size
 
 
 def restore(
@@ -105,89 +58,144 @@ def restore(
         safety_batches: harmful requests, refused and complied with.
         held_out: validation chats for the line search, the budget and the stopping rule.
         benign_batches: benign and benign-edgy chats: their curvature is protected too, which keeps refusals selective.
-        objective: ``refusal``, ``ascent`` or ``both``, see :mod:`curvlib.restore.objectives`.
-        metric: ``fisher``, ``ggn`` or ``identity``, see :mod:`curvlib.restore.metrics`.
+        objective: ``refusal``, ``ascent``, ``both``, ``composite`` or ``distill``, see
+            :mod:`curvlib.restore.objectives`; or ``return``, see :mod:`curvlib.restore.weighted_return`.
+        metric: see :mod:`curvlib.restore.metrics`.
         budget: steps, trust region, allowed rise, damping.
         seed: of the metric's sampled labels.
 
     It stops when the held-out safety loss reaches that of the aligned model (the adapter switched off), when no step
     passes, or when the steps are spent. The metric is measured once, where the restoration starts. Cost of a step: one
-    gradient of the safety chats, at most ``products`` + 1 products, a forward pass of the held-out chats a trial.
+    gradient of the safety chats (and one of the protected chats if steps are to be orthogonal to it), at most
+    ``products`` products a solve, a forward pass of the held-out chats a trial.
 
     Raises:
         CurvlibError: unknown objective or metric, missing chats, or a gradient that is zero or not finite.
     """
-    begin, budget = time.perf_counter(), budget or Budget()
-    parameters = list(trainable(model).values())
-    parts = objectives.terms(objective, safety_batches)
-    judge = _Judge(model, objectives.terms(objective, held_out.safety), held_out.protected)
-    goal, before = judge.goal(), flatten(parameters)
-    records = [judge.measure(trust=0.0, norm=0.0)]
-    trust, spent, reason = budget.trust, 0, "steps spent"
-    protected = [*task_batches, *benign_batches]
-    measured = build_metric(metric, model, protected, damping=budget.damping, products=budget.products, seed=seed)
-    for _ in bar(range(budget.steps), desc="restore"):
-        direction, products = _direction(measured, objectives.gradient(model, parts, parameters))
-        spent += products
-        record = _search(judge, records, parameters, before, direction, trust, budget)
-        if record is None:
-            reason = "no step passed the held-out losses"
-            break
-        records.append(record)
-        trust = 2 * trust if record.trust == trust else record.trust
-        if record.safety <= goal:
-            reason = "reached the aligned model's loss"
-            break
-    seconds = time.perf_counter() - begin
-    return RestorationResult(tuple(records), spent, seconds, reason, before, flatten(parameters))
+    budget, benign = budget or Budget(), benign_batches
+    if objective == "return":
+        return weighted_return(
+            model,
+            task_batches,
+            safety_batches,
+            held_out=held_out,
+            benign_batches=benign,
+            metric=metric,
+            budget=budget,
+            seed=seed,
+        )
+    parts, protected = objectives.terms(objective, safety_batches, task_batches, benign), [*task_batches, *benign]
+    search = _Search(Judge.of(model, objective, held_out), parts, protected, list(trainable(model).values()), budget)
+    reason = search.run(
+        partial(build_metric, metric, model, protected, compliances=safety_batches.compliances, seed=seed)
+    )
+    return search.judge.result(search.steps, reason, products=search.products, gradients=search.gradients)
 
 
-@dataclass(frozen=True)
-class _Judge:
-    """Measures held-out losses of the model as it is."""
+@dataclass
+class _Search:
+    """The state of a restoration: where it is, what it accepted, what it spent."""
 
-    model: Model
-    safety: Sequence[objectives.Term]
-    protected: Mapping[str, Sequence[Batch]]
+    judge: Judge
+    parts: Sequence[Term]
+    protected: Sequence[Batch]
+    parameters: list[Tensor]
+    budget: Budget
+    steps: list[StepRecord] = field(default_factory=list)
+    products: int = 0
+    gradients: int = 0
+    told: str = ""
 
-    def measure(self, *, trust: float, norm: float) -> StepRecord:
-        losses = {name: objectives.mean_loss(self.model, batches) for name, batches in self.protected.items()}
-        return StepRecord(objectives.value(self.model, self.safety), losses, trust, norm)
+    def run(self, measured: Callable[..., Metric]) -> str:
+        """Take steps until one of the stopping rules holds, and return which; the metric is measured at the start."""
+        goal, trust, metric = self.judge.goal(), self.budget.trust, None
+        self.steps.append(self.judge.measure())
+        for _ in bar(range(self.budget.steps), desc="restore"):
+            gradient = self.gradient(self.parts)
+            if metric is None:
+                metric = measured(damping=self.budget.damping, products=self.budget.products, along=gradient)
+                self.products, self.gradients = metric.products, self.gradients + metric.gradients
+            direction = self.direction(metric, gradient)
+            if direction is None:
+                return "the metric allows no step" + self.told
+            record = self.line(direction, trust)
+            if record is None:
+                return "no step passed the held-out losses" + self.told
+            predicted = -math.sqrt(record.trust) * float(gradient @ direction)
+            ratio = (self.steps[-1].safety - record.safety) / predicted
+            trust = next_trust(trust, record.trust, ratio if self.budget.ratio else None)
+            self.steps.append(record)
+            if record.safety <= goal:
+                return "reached the aligned model's loss" + self.told
+        return "steps spent" + self.told
 
-    def goal(self) -> float:
-        """Return the aligned model's safety loss."""
-        with reference_model(self.model, "adapter off") as aligned:
-            return objectives.value(aligned, self.safety)
+    def gradient(self, parts: Sequence[Term]) -> Tensor:
+        """Return the flat gradient (P,) of a sum of terms."""
+        self.gradients += sum(chats(term.batches) for term in parts)
+        return objectives.gradient(self.judge.model, parts, self.parameters)
+
+    def direction(self, metric: Metric, gradient: Tensor) -> Tensor | None:
+        r"""Return the step of :math:`\tfrac12\,\delta^\top M\delta = 1`, or None where the metric allows none."""
+        size = float(gradient.norm())
+        if not math.isfinite(size) or size == 0:
+            raise CurvlibError(f"the safety gradient has norm {size}: check the chats and the adapter")
+        step = self.solve(metric, -gradient)
+        if self.budget.orthogonal:
+            away = self.gradient([Term(self.protected)])
+            step = orthogonal_to(away, step, self.solve(metric, away))
+        square = -float(gradient @ step)  # δᵀMδ of both steps, since Mδ = -g - k g_t with g_tᵀδ = 0
+        return step * math.sqrt(2 / square) if square > 0 else None
+
+    def solve(self, metric: Metric, b: Tensor) -> Tensor:
+        """Return M⁻¹b; count the products and keep what is to be told of negative curvature."""
+        found = metric.solve(b)
+        self.products += found.products
+        if found.negative_curvature is not None:
+            self.told = f"; the metric met curvature {found.negative_curvature:.1e}: raise the damping"
+        return found.solution
+
+    @torch.no_grad()
+    def line(self, direction: Tensor, trust: float) -> StepRecord | None:
+        """Take the longest step whose held-out losses pass; otherwise leave the parameters as they were."""
+        here = flatten(self.parameters)
+        for halving in range(self.budget.halvings + 1):
+            radius = trust / 4**halving
+            there = here + math.sqrt(radius) * direction
+            assign(self.parameters, there)
+            record = self.judge.measure(trust=radius, norm=float((there - self.judge.before).norm()))
+            if record.safety < self.steps[-1].safety and self.judge.passes(record, self.budget.rise):
+                return record
+        assign(self.parameters, here)
+        return None
 
 
-def _direction(metric: Metric, gradient: Tensor) -> tuple[Tensor, int]:
-    r"""Return :math:`-M^{-1}g` scaled to :math:`\tfrac12\,\delta^\top M\delta = 1`, and the products spent."""
-    size = float(gradient.norm())
-    if not math.isfinite(size) or size == 0:
-        raise CurvlibError(f"the safety gradient has norm {size}: check the chats and the adapter")
-    step, products = metric.solve(-gradient)
-    return step / math.sqrt(half_square(metric, step)), products + 1
+def orthogonal_to(gradient: Tensor, step: Tensor, solved: Tensor) -> Tensor:
+    r"""Return :math:`\delta - M^{-1}g_t\,(g_t^\top\delta)/(g_t^\top M^{-1}g_t)`, the step made orthogonal.
+
+    Args:
+        gradient: :math:`g_t` (P,).
+        step: :math:`\delta` (P,).
+        solved: :math:`M^{-1}g_t` (P,).
+
+    >>> orthogonal_to(torch.tensor([1.0, 0.0]), torch.tensor([3.0, 4.0]), torch.tensor([0.5, 0.5]))
+    tensor([0., 1.])
+    """
+    along = float(gradient @ solved)
+    return step - solved * (float(gradient @ step) / along) if along > 0 else step
 
 
-@torch.no_grad()
-def _search(
-    judge: _Judge,
-    records: list[StepRecord],
-    parameters: list[Tensor],
-    before: Tensor,
-    direction: Tensor,
-    trust: float,
-    budget: Budget,
-) -> StepRecord | None:
-    """Take the longest step whose held-out losses pass; otherwise leave the parameters as they were."""
-    here = flatten(parameters)
-    for halving in range(budget.halvings + 1):
-        radius = trust / 4**halving
-        there = here + math.sqrt(radius) * direction
-        assign(parameters, there)
-        record = judge.measure(trust=radius, norm=float((there - before).norm()))
-        rises = [record.protected[name] - start for name, start in records[0].protected.items()]
-        if record.safety < records[-1].safety and all(rise <= budget.rise for rise in rises):
-            return record
-    assign(parameters, here)
-    return None
+def next_trust(tried: float, passed: float, ratio: float | None) -> float:
+    """Return the trust of the next step.
+
+    Args:
+        tried: trust of the search's first trial.
+        passed: trust of the step that was taken.
+        ratio: actual over predicted fall of the safety loss. Above 3/4 the radius, a square root of the trust, doubles;
+            below 1/4 it is halved. If None, a step that passed at once doubles the trust.
+
+    >>> next_trust(1.0, 1.0, 0.9), next_trust(1.0, 0.25, 0.5), next_trust(1.0, 1.0, 0.1), next_trust(1.0, 1.0, None)
+    (4.0, 0.25, 0.25, 2.0)
+    """
+    if ratio is None:
+        return 2 * tried if passed == tried else passed
+    return passed * (4 if ratio > GOOD else 1 / 4 if ratio < POOR else 1)

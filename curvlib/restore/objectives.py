@@ -1,26 +1,37 @@
-r"""What restoration wants: a loss over safety chats whose descent should bring refusals back.
+r"""What restoration wants: a loss over chats whose descent should bring refusals back.
 
-Writing :math:`L_+` for the loss on harmful requests that are agreed to, and :math:`L_-` for the loss on the same
-requests refused, the readings are
+Writing :math:`L_+` for the loss on harmful requests that are agreed to, :math:`L_-` for the loss on the same requests
+refused, and :math:`p_0` for the aligned base (the adapter switched off), the readings are
 
 .. math::
-    \text{ascent: } -\min(L_+, c), \qquad \text{refusal: } L_-, \qquad \text{both: } L_- - \min(L_+, c).
+    \text{ascent: } -\min(L_+, c), \qquad \text{refusal: } L_-, \qquad \text{both: } L_- - \min(L_+, c), \qquad
+    \text{composite: } -\min(L_+, c) + \mu L_\text{task},
 
-The first says what to leave and not where to go; its bound c keeps it from running off to infinity.
+.. math:: \text{distill: } \mathbb E_{\text{harmful}}\,\mathrm{KL}(p_0 \,\|\, p_\theta)
+    + \mathbb E_{\text{benign}}\,\mathrm{KL}(p_0 \,\|\, p_\theta) \quad\text{at the answer tokens.}
+
+The first says what to leave and not where to go; its bound c keeps it from running off to infinity. The last asks for
+the base's own distribution, on refusals and on benign and benign-edgy chats alike: refusing both is no optimum of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import kl_div
 
-from curvlib.batches import Batch, answer_loss
+from curvlib.batches import Batch, answer_logits, answer_loss, at_least_float32
 from curvlib.errors import CurvlibError
+from curvlib.evaluate.behaviour import answer_log_probabilities, reference_model
 
 COMPLIANCE_BOUND = 5.0  # nats per token, half the loss of a uniform guess over 49,152 tokens: agreement is gone by then
+TASK_WEIGHT = 1.0  # μ of the composite objective: a nat of the task for a nat of agreement
+KEPT_BYTES = 1 << 28  # the base's log-probabilities are kept up to 256 MB: 1,365 answer tokens of SmolLM2
 
 
 @dataclass(frozen=True)
@@ -31,44 +42,96 @@ class SafetyBatches:
     compliances: Sequence[Batch] = ()
 
 
+Loss = Callable[[Any, Batch], Tensor]  # (model, batch) -> mean over the batch's answer tokens, a scalar
+
+
 @dataclass(frozen=True)
 class Term:
-    """One loss of an objective: the batches it is the mean over, and what is done with each batch's loss."""
+    """One loss of an objective and the batches that it is the mean over, each answer token counting equally."""
 
     batches: Sequence[Batch]
-    shape: Callable[[Tensor], Tensor]
+    loss: Loss = answer_loss
 
 
-def _as_it_is(loss: Tensor) -> Tensor:
-    return loss
+def _bounded_ascent(model: nn.Module, batch: Batch) -> Tensor:
+    return -answer_loss(model, batch).clamp(max=COMPLIANCE_BOUND)
 
 
-def _bounded_ascent(loss: Tensor) -> Tensor:
-    return -loss.clamp(max=COMPLIANCE_BOUND)
+def _weighted(weight: float, model: nn.Module, batch: Batch) -> Tensor:
+    return weight * answer_loss(model, batch)
 
 
-def terms(objective: str, safety: SafetyBatches) -> list[Term]:
-    """Return the terms of ``ascent``, ``refusal`` or ``both``.
+class FromBase:
+    r"""The loss :math:`\mathrm{KL}(p_0 \,\|\, p_\theta)`, the mean over answer tokens of a batch in nats.
+
+    The base is the same model with its adapter switched off, so no second one is in memory. Its log-probabilities over
+    the whole vocabulary are kept for each batch while all of them fit into :data:`KEPT_BYTES`; the base runs again for
+    the others, at one forward pass a call.
+    """
+
+    def __init__(self) -> None:
+        self.kept: dict[int, tuple[Batch, Tensor]] = {}  # holds the batch, so that its address is not used twice
+        self.bytes = 0
+
+    def __call__(self, model: Any, batch: Batch) -> Tensor:
+        """Return the divergence of one batch, differentiable in the model's parameters."""
+        aligned = self.log_probabilities(model, batch)
+        present = at_least_float32(answer_logits(model, batch)).log_softmax(dim=-1)
+        return kl_div(present, aligned, reduction="batchmean", log_target=True)
+
+    def log_probabilities(self, model: Any, batch: Batch) -> Tensor:
+        """Return the base's log-probabilities (N, V) of a batch."""
+        if id(batch) in self.kept:
+            return self.kept[id(batch)][1]
+        with reference_model(model, "adapter off") as aligned:
+            values = answer_log_probabilities(aligned, batch)
+        if self.bytes + values.nbytes <= KEPT_BYTES:
+            self.kept[id(batch)] = batch, values
+            self.bytes += values.nbytes
+        return values
+
+
+def terms(
+    objective: str, safety: SafetyBatches, task: Sequence[Batch] = (), benign: Sequence[Batch] = ()
+) -> list[Term]:
+    """Return the terms of ``refusal``, ``ascent``, ``both``, ``composite`` or ``distill``.
+
+    Args:
+        objective: its name.
+        safety: harmful requests with their answers; ``ascent``, ``both`` and ``composite`` need the compliances.
+        task: chats of the task, for ``composite``.
+        benign: benign and benign-edgy chats, for ``distill``: without them nothing speaks against over-refusal.
 
     Raises:
         CurvlibError: the objective is unknown, or the batches that it needs are missing.
     """
-    parts = {"refusal": [Term(safety.refusals, _as_it_is)], "ascent": [Term(safety.compliances, _bounded_ascent)]}
-    parts["both"] = parts["refusal"] + parts["ascent"]
-    if objective not in parts:
-        raise CurvlibError(f"no objective is called {objective!r}: choose one of {', '.join(parts)}")
-    if not all(term.batches for term in parts[objective]):
-        raise CurvlibError(f"objective {objective!r} got no safety chats: give it harmful prompts with their answers")
-    return parts[objective]
+    refusal, ascent = Term(safety.refusals), Term(safety.compliances, _bounded_ascent)
+    from_base = FromBase()
+    known = {
+        "refusal": [refusal],
+        "ascent": [ascent],
+        "both": [refusal, ascent],
+        "composite": [ascent, Term(task, partial(_weighted, TASK_WEIGHT))],
+        "distill": [Term(safety.refusals, from_base), Term(benign, from_base)],
+    }
+    if objective not in known:
+        raise CurvlibError(f"no objective is called {objective!r}: choose one of {', '.join(known)}, return")
+    if not all(term.batches for term in known[objective]):
+        raise CurvlibError(
+            f"objective {objective!r} got no safety chats, or none of another kind that it needs: give it harmful "
+            "prompts with their answers, for 'distill' benign chats too, for 'composite' task chats"
+        )
+    return known[objective]
 
 
 def gradient(model: nn.Module, parts: Sequence[Term], parameters: Sequence[Tensor]) -> Tensor:
     """Return the flat gradient (P,) of the objective; cost: one gradient of all its batches."""
-    total = torch.zeros(sum(parameter.numel() for parameter in parameters), device=parameters[0].device)
+    size = sum(parameter.numel() for parameter in parameters)
+    total = torch.zeros(size, dtype=parameters[0].dtype, device=parameters[0].device)
     for term in parts:
         tokens = sum(batch.tokens for batch in term.batches)
         for batch in term.batches:
-            pieces = torch.autograd.grad(term.shape(answer_loss(model, batch)), parameters)
+            pieces = torch.autograd.grad(term.loss(model, batch), parameters)
             total.add_(torch.cat([piece.reshape(-1) for piece in pieces]), alpha=batch.tokens / tokens)
     return total
 
@@ -80,10 +143,10 @@ def value(model: nn.Module, parts: Sequence[Term]) -> float:
 
 
 def _mean(model: nn.Module, term: Term) -> float:
-    losses = [(term.shape(answer_loss(model, batch)).item(), batch.tokens) for batch in term.batches]
+    losses = [(term.loss(model, batch).item(), batch.tokens) for batch in term.batches]
     return sum(loss * tokens for loss, tokens in losses) / sum(tokens for _, tokens in losses)
 
 
 def mean_loss(model: nn.Module, batches: Sequence[Batch]) -> float:
     """Return the mean loss over all answer tokens of ``batches`` (nats per token), without gradients."""
-    return value(model, [Term(batches, _as_it_is)])
+    return value(model, [Term(batches)])

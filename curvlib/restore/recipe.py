@@ -13,8 +13,9 @@ from transformers import PreTrainedTokenizerBase
 from curvlib import models, stages
 from curvlib.artifacts import artifact
 from curvlib.batches import Batch, Example, make_batches
-from curvlib.restore.loop import Budget, HeldOut, RestorationResult, restore
+from curvlib.restore.loop import restore
 from curvlib.restore.objectives import SafetyBatches
+from curvlib.restore.outcome import Budget, HeldOut, RestorationResult
 from curvlib.stages import FineTune, pad_id
 from curvlib.tiers import Tier
 
@@ -101,7 +102,9 @@ def history(result: RestorationResult) -> dict[str, Any]:
     """Return the result without its vectors, as JSON values."""
     return {
         "steps": [asdict(step) for step in result.steps],
+        "trials": [asdict(trial) for trial in result.trials],
         "products": result.products,
+        "gradients": result.gradients,
         "seconds": result.seconds,
         "stop_reason": result.stop_reason,
         "change": float((result.after - result.before).norm()),
