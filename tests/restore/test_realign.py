@@ -59,6 +59,6 @@ def test_batches_give_their_chats_back() -> None:
 
 
 def test_defaults_and_missing_refusals() -> None:
-    assert len({(c.steps, c.learning_rate) for c in candidates()}) == 6
+    assert len({(c.steps, c.learning_rate) for c in candidates()}) == 3
     with pytest.raises(CurvlibError, match="got no refusals"):
         realign(cases.pair()[0], TASK, SafetyBatches([]), held_out=HELD_OUT)
