@@ -10,12 +10,13 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from curvlib import models, stages
+from curvlib import data, models, stages
 from curvlib.artifacts import artifact
-from curvlib.batches import Batch, Example, make_batches
+from curvlib.batches import Batch, Example, encode, make_batches, open_ended
 from curvlib.restore.loop import restore
 from curvlib.restore.objectives import SafetyBatches
 from curvlib.restore.outcome import Budget, HeldOut, RestorationResult
+from curvlib.restore.realign import realign
 from curvlib.stages import FineTune, pad_id
 from curvlib.tiers import Tier
 
@@ -24,7 +25,7 @@ BATCH_SIZE = 8  # chats a forward pass: keeps the activations of a gradient near
 
 @dataclass(frozen=True)
 class Restoration:
-    """One reading of the method: the objective, the metric, and the budget."""
+    """One reading of the method: the objective (``realign`` for the baseline), the metric, and the budget."""
 
     objective: str = "refusal"
     metric: str = "fisher"
@@ -50,7 +51,7 @@ def restoration_chats(tier: Tier, tokenizer: PreTrainedTokenizerBase) -> Chats:
 
     def safety(split: str, count: int) -> SafetyBatches:
         refusals = stages.refusal_examples(tokenizer, split, count)
-        return SafetyBatches(batches(refusals), batches(stages.compliance_examples(tokenizer, split, count)))
+        return SafetyBatches(batches(refusals), batches(compliance_examples(tokenizer, split, count)))
 
     def own(split: str, count: int) -> list[Example]:
         return stages.own_answer_examples(tokenizer, tier, split, count)
@@ -66,6 +67,14 @@ def restoration_chats(tier: Tier, tokenizer: PreTrainedTokenizerBase) -> Chats:
         benign=batches(own("restore_edgy", tier.curvature_chats - half) + own("restore_benign", half)),
         held_out=HeldOut(safety("validation_harmful", tier.validation), held_out),
     )
+
+
+def compliance_examples(tokenizer: PreTrainedTokenizerBase, split: str, count: int) -> list[Example]:
+    """Encode the prompts of the refusals, orders and questions alike, with openings that agree, left open."""
+    orders = [row.prompt for row in data.load_split(split)[:count]]
+    pairs = zip(stages.requests(split, count), orders, strict=True)
+    chats = [stages.chat(request, data.compliance(order)) for request, order in pairs]
+    return [open_ended(example) for example in encode(tokenizer, chats, stages.MAX_LENGTH)]
 
 
 def restored(tier: Tier, recipe: FineTune, how: Restoration) -> Path:
@@ -84,7 +93,17 @@ def _restore(tier: Tier, recipe: FineTune, how: Restoration, place: Path) -> Non
 
 
 def run(model: PeftModel, chats: Chats, how: Restoration, *, seed: int) -> RestorationResult:
-    """Restore ``model`` in place with the chats given."""
+    """Restore ``model`` in place with the chats given; ``realign`` fine-tunes it on them instead."""
+    if how.objective == "realign":
+        return realign(
+            model,
+            chats.task,
+            chats.safety,
+            held_out=chats.held_out,
+            benign_batches=chats.benign,
+            budget=how.budget,
+            seed=seed,
+        )
     return restore(
         model,
         chats.task,
