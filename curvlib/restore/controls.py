@@ -11,6 +11,7 @@ r"""Null controls: what a restoration must beat before its direction, its chats 
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 
@@ -40,7 +41,7 @@ def random_step(metric: CurvatureOperator, step: Tensor, *, seed: int) -> Tensor
     paid, price = (float(v @ metric.matvec(v)) for v in (step, noise))
     if not (paid > 0 and price > 0):
         raise CurvlibError(f"the step has squared norm {paid:.1e} in the metric, expected a positive one: add damping")
-    return noise * (paid / price) ** 0.5
+    return noise * math.sqrt(paid / price)
 
 
 def shuffled_answers(
