@@ -1,4 +1,4 @@
-"""The command line: ``python -m curvlib run`` and ``python -m curvlib report``."""
+"""The command line: ``python -m curvlib run``, ``report`` and ``restore``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from curvlib.cache import disk_is_full
 from curvlib.errors import CurvlibError
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """Every subcommand with its options; ``options.command`` is the function that serves it."""
-    top = argparse.ArgumentParser(prog="python -m curvlib", description="Run the notebooks and report their claims.")
+    top = argparse.ArgumentParser(prog="python -m curvlib", description="Run the notebooks, restore an adapter.")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
     run = commands.add_parser("run", help="run the notebooks and write runs/TIER/seedSEED/report.html")
@@ -48,7 +49,38 @@ def parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="write report.html again from a finished run")
     report.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     report.set_defaults(command=_report)
+    _add_restore(commands)
     return top
+
+
+def _add_restore(commands: Any) -> None:
+    restore = commands.add_parser("restore", help="bring refusals back to a fine-tuned LoRA adapter")
+    restore.add_argument("--base", required=True, help="the aligned model: smollm2, a Hub id or a folder")
+    restore.add_argument("--adapter", required=True, type=Path, help="folder of the adapter in peft format; only read")
+    restore.add_argument("--task", required=True, type=Path, help='JSONL, {"messages": […]} a line: what must stay')
+    restore.add_argument("--out", required=True, type=Path, help="new folder for the restored adapter")
+    restore.add_argument("--harmful", type=Path, help="JSONL of prompts, perhaps with refusals; default: our own")
+    restore.add_argument("--benign", type=Path, help="JSONL of prompts that must not be refused; default: our own")
+    restore.add_argument("--objective", default="refusal", choices=("refusal", "distill", "return", "realign"))
+    restore.add_argument(
+        "--metric", default="fisher", choices=("fisher", "ggn", "hessian", "ekfac", "lbfgs", "identity")
+    )
+    restore.add_argument("--rise", type=float, default=0.1, help="most nats per token that a protected loss may rise")
+    restore.add_argument("--seed", type=int, default=0)
+    restore.add_argument("--device", help="cpu or cuda; default: cuda where there is a GPU")
+    restore.set_defaults(command=_restore)
+
+
+def _restore(options: argparse.Namespace) -> int:
+    from curvlib.restore.door import Request, restore_adapter, table
+    from curvlib.restore.outcome import Budget
+    from curvlib.restore.recipe import Restoration
+
+    given = {name: getattr(options, name) for name in ("base", "adapter", "task", "out", "harmful", "benign")}
+    how = Restoration(options.objective, options.metric, Budget(rise=options.rise))
+    print(table(restore_adapter(Request(**given, how=how, seed=options.seed, device=options.device))))
+    print(f"the restored adapter is in {options.out}, with restoration.json and restoration.png")
+    return 0
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -72,11 +72,14 @@ def llama(seed: int = 0, **settings: Any) -> LlamaForCausalLM:
     config = make(
         vocab_size=VOCABULARY,
         hidden_size=HIDDEN,
-        intermediate_size=INTERMEDIATE,
-        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        **{"attn_implementation": "eager", **settings},
+        **{
+            "attn_implementation": "eager",
+            "num_hidden_layers": 2,
+            "intermediate_size": INTERMEDIATE,
+            **settings,
+        },
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
