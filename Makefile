@@ -37,6 +37,7 @@ lint: setup ## Check style with ruff and types with mypy.
 	$(RUN) -m mypy
 
 bench: setup ## Run every benchmarks/*/run.py and write its results beside it.
+	$(RUN) -m pip install --quiet --editable ".[test,bench]"
 	@for script in $(wildcard benchmarks/*/run.py); do $(RUN) $$script || exit 1; done
 
 lab: setup ## Open the notebooks in JupyterLab.

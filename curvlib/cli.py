@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="run the notebooks and write runs/TIER/seedSEED/report.html")
     run.add_argument("--tier", default="cpu", help="ci, cpu (default) or gpu")
     run.add_argument("--seed", type=int, default=0)
-    run.add_argument("--only", default="", metavar="NN,NN", help="notebook numbers, such as 01,04")
+    run.add_argument("--only", default="", metavar="NN,NN", help="notebook numbers, such as 01,04,A1")
     run.add_argument("--fresh", action="store_true", help="run also what an earlier run completed")
     run.add_argument("--keep-outputs", action="store_true", help="copy the outputs into the source notebooks")
     run.set_defaults(command=_run)

@@ -57,10 +57,10 @@ def run(
     Args:
         tier: ``ci``, ``cpu`` or ``gpu``.
         seed: Given to every notebook.
-        only: Notebook numbers such as ``"01"``; empty means all.
+        only: Notebook numbers such as ``"01"``, or ``"A1"`` for an appendix; empty means all.
         fresh: Run also what an earlier run completed.
         keep_outputs: Copy the outputs back into the source notebooks, for committing.
-        notebooks: Folder of the ``NN_*.ipynb`` sources.
+        notebooks: Folder of the sources, ``NN_*.ipynb`` and ``A1_*.ipynb``.
         runs: Folder of all runs.
 
     Returns:
@@ -87,12 +87,12 @@ def run(
 
 
 def select(notebooks: Path, only: Sequence[str] = ()) -> list[Path]:
-    """The notebooks with the given numbers, or all, in order; a CurvlibError names the known ones."""
-    known = sorted(notebooks.glob("[0-9][0-9]_*.ipynb"))
+    """The notebooks with the given numbers, or all, lessons before appendices; a CurvlibError names the known ones."""
+    known = sorted(notebooks.glob("[0-9A-Z][0-9]_*.ipynb"))
     if not known:
         raise CurvlibError(f"no notebook NN_*.ipynb in {notebooks}: run from a clone of the repository")
     numbers = {path.name[:2] for path in known}
-    wanted = {number.strip().zfill(2) if number.strip() else number for number in only}
+    wanted = {number.strip().upper().zfill(2) if number.strip() else number for number in only}
     if unknown := sorted(wanted - numbers):
         raise CurvlibError(f"unknown notebook {', '.join(unknown)}: expected one of {', '.join(sorted(numbers))}")
     return [path for path in known if not wanted or path.name[:2] in wanted]

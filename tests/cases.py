@@ -149,24 +149,29 @@ def _swap(value: Any, table: dict[Any, Any]) -> Any:
 
 
 class Twin(nn.Module):
-    """The same function in float64 throughout, with dense, dequantised weights."""
+    """The same function in float64 throughout, with dense, dequantised weights; of a dense model a copy."""
 
-    def __init__(self, model: PeftModel) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        base: Any = model.get_base_model()
-        dense = LlamaForCausalLM(copy.deepcopy(base.config))
-        dense.requires_grad_(False)
-        self.model = add_lora(dense).double()
-        with torch.no_grad():
-            for name, target in self.model.named_parameters():
-                owner, _, attribute = name.rpartition(".")
-                module: Any = model.get_submodule(owner)
-                is_4bit = isinstance(module, Linear4bit) and attribute == "weight"
-                target.copy_(nf4.dequantise(module) if is_4bit else getattr(module, attribute))
+        self.model = _dequantised(model) if isinstance(model, PeftModel) else copy.deepcopy(model).double()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with Exact():
             return self.model(*args, **kwargs)
+
+
+def _dequantised(model: PeftModel) -> nn.Module:
+    base: Any = model.get_base_model()
+    dense = LlamaForCausalLM(copy.deepcopy(base.config))
+    dense.requires_grad_(False)
+    twin = add_lora(dense, rank=model.peft_config["default"].r).to(model.device).double()
+    with torch.no_grad():
+        for name, target in twin.named_parameters():
+            owner, _, attribute = name.rpartition(".")
+            module: Any = model.get_submodule(owner)
+            is_4bit = isinstance(module, Linear4bit) and attribute == "weight"
+            target.copy_(nf4.dequantise(module) if is_4bit else getattr(module, attribute))
+    return twin
 
 
 @cache

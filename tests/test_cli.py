@@ -38,12 +38,12 @@ def test_an_unknown_tier_and_a_missing_gpu_come_first(
 def test_unknown_numbers_name_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(CurvlibError, match=r"no notebook NN_\*\.ipynb"):
         runner.select(tmp_path)
-    for name in ("00_a", "04_b", "x4_c"):
+    for name in ("A1_appendix", "00_a", "04_b", "x4_c", "B_d"):
         save(tmp_path / f"{name}.ipynb", markdown("x"))
-    assert [path.stem for path in runner.select(tmp_path)] == ["00_a", "04_b"]
-    assert [path.stem for path in runner.select(tmp_path, [" 4"])] == ["04_b"]
-    for unknown in ("5", "", "all"):
-        with pytest.raises(CurvlibError, match=r"unknown notebook .*: expected one of 00, 04$"):
+    assert [path.stem for path in runner.select(tmp_path)] == ["00_a", "04_b", "A1_appendix"]
+    assert [path.stem for path in runner.select(tmp_path, ["a1", " 4"])] == ["04_b", "A1_appendix"]
+    for unknown in ("5", "", "all", "A2", "A"):
+        with pytest.raises(CurvlibError, match=r"unknown notebook .*: expected one of 00, 04, A1$"):
             runner.select(tmp_path, ["0", unknown])
 
 

@@ -64,9 +64,7 @@ class LiveTensors(TorchDispatchMode):
             func.name() in COPIES and not inputs.isdisjoint(self._weights)
         )
         for leaf in tree_leaves(result):
-            if (
-                isinstance(leaf, Tensor) and storage_key(leaf) not in inputs
-            ):  # an input's storage was made before, or here
+            if isinstance(leaf, Tensor) and storage_key(leaf) not in inputs:  # an input's is known, or not ours
                 self._born(leaf, is_weight)
         return result
 

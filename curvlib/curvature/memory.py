@@ -26,6 +26,7 @@ from curvlib.curvature.batched import BatchedOperator
 from curvlib.curvature.forward import flat_gradient
 from curvlib.curvature.live import LiveTensors, storage_key
 from curvlib.errors import CurvlibError
+from curvlib.nf4 import four_bit_layers, is_installed
 from curvlib.parameters import tensor_list, trainable
 
 Product = Callable[[Tensor], Tensor]
@@ -74,12 +75,16 @@ def forecast_memory(model: nn.Module, operator: Kind, batch: Batch) -> MemoryFor
         model: a causal language model, dense or 4-bit, on any device.
         operator: the maker :func:`~curvlib.curvature.hessian.hessian`, :func:`~curvlib.curvature.ggn.ggn` or
             :func:`~curvlib.curvature.fisher.fisher` (with options as in ``partial(hessian, rows=2)``), an operator
-            that one of them made, or ``"gradient"``.
+            that one of them made (its ``batch_product``, on the batch in one piece), or ``"gradient"``.
         batch: chats of the shape to come.
 
     Raises:
-        CurvlibError: the model's shapes depend on its values, as with routed experts.
+        CurvlibError: the model's shapes depend on its values, as with routed experts; or a 4-bit layer without
+            ``nf4.install`` is in evaluation mode, where its first pass repacks the weight.
     """
+    for name, layer in four_bit_layers(model).items():
+        if not (is_installed(layer) or layer.training):
+            raise CurvlibError(f"layer '{name}' is 4-bit and repacks itself in eval(): call curvlib.nf4.install(model)")
     before = resident(model)
     rehearsal = Rehearsal(before)
     product, size, dtype = _product(model, operator, batch)
