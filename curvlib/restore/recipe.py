@@ -16,7 +16,7 @@ from curvlib.batches import Batch, Example, encode, make_batches, open_ended
 from curvlib.restore.loop import restore
 from curvlib.restore.objectives import SafetyBatches
 from curvlib.restore.outcome import Budget, HeldOut, RestorationResult
-from curvlib.restore.realign import realign
+from curvlib.restore.realign import examples, realign
 from curvlib.stages import FineTune, pad_id
 from curvlib.tiers import Tier
 
@@ -40,6 +40,13 @@ class Chats:
     safety: SafetyBatches
     benign: list[Batch]
     held_out: HeldOut
+
+    @property
+    def batches(self) -> list[Batch]:
+        """Every batch, whatever its role."""
+        seen = [*self.task, *self.safety.refusals, *self.safety.compliances, *self.benign]
+        held_out = [*self.held_out.safety.refusals, *self.held_out.safety.compliances]
+        return seen + held_out + [batch for batches in self.held_out.protected.values() for batch in batches]
 
 
 def restoration_chats(tier: Tier, tokenizer: PreTrainedTokenizerBase) -> Chats:
@@ -79,17 +86,17 @@ def compliance_examples(tokenizer: PreTrainedTokenizerBase, split: str, count: i
 
 def restored(tier: Tier, recipe: FineTune, how: Restoration) -> Path:
     """Return the folder of the restored adapter (``model``) and its history (``history.json``); made once."""
-    sizes = {name: getattr(tier, name) for name in ("curvature_chats", "restore_chats", "validation")}
-    config = {"fine_tuned": stages.fine_tuned(tier, recipe).parent.name, **sizes, **asdict(how), "seed": recipe.seed}
-    return artifact("restore", config, lambda place: _restore(tier, recipe, how, place))
+    chats = restoration_chats(tier, models.load_tokenizer(stages.aligned_source(tier)))
+    config = {"fine_tuned": stages.fine_tuned(tier, recipe).parent.name, **asdict(how), "seed": recipe.seed}
+    config["texts"] = stages.digest(examples(chats.batches))
 
+    def build(place: Path) -> None:
+        model: Any = stages.load_fine_tuned(tier, recipe)
+        result = run(model, chats, how, seed=recipe.seed)
+        model.save_pretrained(place / "model")
+        (place / "history.json").write_text(json.dumps(history(result), indent=1), "utf-8")
 
-def _restore(tier: Tier, recipe: FineTune, how: Restoration, place: Path) -> None:
-    model: Any = stages.load_fine_tuned(tier, recipe)
-    tokenizer = models.load_tokenizer(stages.aligned_source(tier))
-    result = run(model, restoration_chats(tier, tokenizer), how, seed=recipe.seed)
-    model.save_pretrained(place / "model")
-    (place / "history.json").write_text(json.dumps(history(result), indent=1), "utf-8")
+    return artifact("restore", config, build)
 
 
 def run(model: PeftModel, chats: Chats, how: Restoration, *, seed: int) -> RestorationResult:
