@@ -20,14 +20,15 @@ def memory(forecast: Mapping[str, int], measured: Mapping[str, int], kept: Mappi
 
     Args:
         forecast: product -> bytes told before the work.
-        measured: product -> bytes counted during the work.
+        measured: product -> bytes counted during the work; some may be missing.
         kept: product -> bytes of dequantised 4-bit weights that its graphs keep.
     """
     drawn, (axes,) = figure(height=1.3 + 0.62 * len(forecast))
     rows = np.arange(len(forecast))
     for values, shift, colour, label in ((forecast, -0.19, SKY, "forecast"), (measured, 0.19, BLUE, "measured")):
-        sizes = [values[name] / MIB for name in forecast]
-        bars = axes.barh(rows + shift, sizes, height=0.36, color=colour, label=label)
+        places = [row + shift for row, name in enumerate(forecast) if name in values]
+        sizes = [values[name] / MIB for name in forecast if name in values]
+        bars = axes.barh(places, sizes, height=0.36, color=colour, label=label)
         axes.bar_label(bars, fmt="%.0f", padding=3, fontsize=9)
     sizes = [kept[name] / MIB for name in forecast]
     axes.barh(rows, sizes, height=0.74, color="none", edgecolor=ORANGE, hatch="///", label="dequantised weights kept")
@@ -41,15 +42,15 @@ def memory(forecast: Mapping[str, int], measured: Mapping[str, int], kept: Mappi
 
 
 def residuals(solutions: Mapping[str, Solution], tolerance: float) -> Figure:
-    """Draw each solver's relative residual after each product, down to the tolerance that was asked for."""
+    """Draw each solver's relative residual after each product, on logarithmic axes, down to the tolerance."""
     drawn, (axes,) = figure()
     for (name, found), colour, marker in zip(solutions.items(), CYCLE, MARKERS, strict=False):
         spent = np.arange(len(found.history)) + found.products - len(found.history) + 1
         every = max(1, len(spent) // 12)
-        axes.semilogy(spent, found.history, c=colour, marker=marker, markevery=every, label=f"{name}, {found.products}")
+        axes.loglog(spent[1:], found.history[1:], c=colour, marker=marker, markevery=every, label=name)
     axes.axhline(tolerance, color="#777777", lw=1, ls="--")
     axes.set(xlabel="products with the operator", ylabel="residual / right-hand side", title="Solving for one vector")
-    axes.legend(title="solver, products", title_fontsize=10)
+    axes.legend()
     return drawn
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+NOTHING = "aten::_efficientzerotensor"  # stands for zeros and holds no memory, whatever its storage says
 COPIES = ("aten::_to_copy", "aten::clone")  # a dequantised weight stays one in another dtype or layout
 
 
@@ -63,7 +64,7 @@ class LiveTensors(TorchDispatchMode):
         is_weight = func.name() == "bitsandbytes::dequantize_4bit" or (
             func.name() in COPIES and not inputs.isdisjoint(self._weights)
         )
-        for leaf in tree_leaves(result):
+        for leaf in tree_leaves(result) if func.name() != NOTHING else ():
             if isinstance(leaf, Tensor) and storage_key(leaf) not in inputs:  # an input's is known, or not ours
                 self._born(leaf, is_weight)
         return result

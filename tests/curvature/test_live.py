@@ -35,6 +35,12 @@ def test_bytes_live_while_a_reference_does_and_views_are_free() -> None:
     assert len(kept) == 3
 
 
+def test_zeros_that_hold_no_memory_are_not_counted() -> None:
+    with LiveTensors() as live:
+        torch._efficientzerotensor(1000)
+    assert live.peak == 0
+
+
 def test_graphs_are_counted_while_they_live() -> None:
     x = torch.ones(1000, requires_grad=True)
     with LiveTensors() as live:
