@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
+from operator import add
 from typing import Any, Literal
 
 import torch
@@ -51,6 +52,11 @@ class Direction:
     def size(self) -> float:
         """The Frobenius norm over all layers together."""
         return float(torch.tensor([self.norm(name) for name in self.chains]).norm())
+
+    @property
+    def thin(self) -> bool:
+        """Whether every layer is kept as two factors."""
+        return all(len(chain) == 2 for chain in self.chains.values())
 
     def map(self, factor: Callable[[str], Tensor | float]) -> Direction:
         """Return the direction with each layer's left matrix multiplied by ``factor(name)``: a number or (out, 1)."""
@@ -198,6 +204,13 @@ def moved(model: nn.Module, steps: Sequence[tuple[Direction, float]]) -> Iterato
     finally:
         for handle in handles:
             handle.remove()
+
+
+def joined(steps: Sequence[tuple[Direction, float]]) -> list[tuple[Direction, float]]:
+    """Return the same steps with all thin ones in one direction, which takes half the time of two; zero steps go."""
+    thin = [factor * direction for direction, factor in steps if factor and direction.thin]
+    rest = [(direction, factor) for direction, factor in steps if factor and not direction.thin]
+    return [*rest, (reduce(add, thin), 1.0)] if thin else rest
 
 
 def _add(chain: Chain, factor: float, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from curvlib.errors import CurvlibError
-from curvlib.landscape.directions import Direction, moved
+from curvlib.landscape.directions import Direction, joined, moved
 from curvlib.progress import bar
 
 Array = NDArray[np.float64]
@@ -95,7 +95,7 @@ def measure(
         )
     rows, begin = _resume(checkpoint, points), time.perf_counter()
     for factors in bar(points[len(rows) :], desc=label, initial=len(rows), total=len(points)):
-        with moved(model, [*origin, *zip(directions, factors.tolist(), strict=True)]):
+        with moved(model, joined([*origin, *zip(directions, factors.tolist(), strict=True)])):
             rows.append({name: values.double().cpu().numpy() for name, values in _evaluated(losses).items()})
         if checkpoint:
             _save(checkpoint, points, rows)

@@ -157,6 +157,20 @@ def test_arithmetic_agrees_with_dense_matrices() -> None:
     assert found.size == pytest.approx(sum(found.norm(name) ** 2 for name in found.chains) ** 0.5)
 
 
+def test_joined_steps_are_the_same_step() -> None:
+    model = cases.llama()
+    thin, other = (random_direction(model, seed=seed) for seed in (0, 1))
+    dense = Direction({name: (other.delta(name),) for name in other.chains})
+    steps = [(thin, 0.2), (other, 0.0), (dense, 0.1), (other, -0.3)]
+    found = directions.joined(steps)
+    assert [step.thin for step, _ in found] == [False, True]
+    with moved(model, steps):
+        wanted = outputs(model)
+    with moved(model, found):
+        assert cases.relative_error(outputs(model), wanted) < 1e-5
+    assert directions.joined([(thin, 0.0)]) == []
+
+
 def test_the_null_of_a_step_has_its_norm_in_every_layer_and_another_direction() -> None:
     step = directions.adapter_direction(cases.nf4_llama())
     noise = directions.random_like(step, seed=0)
