@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from curvlib.errors import CurvlibError
 from curvlib.evaluate.intervals import Estimate, bootstrap
 from curvlib.landscape.slices import Array
 
+LEAST = 0.5  # a window that shares less than a quarter of the other's variance has not kept its structure
 RESAMPLES = 500  # each repeats every correlation; the Monte Carlo error of a limit is then about 0.1 standard errors
 
 
@@ -103,6 +105,20 @@ def unrelated_correlation(
     ]
     low, high = np.quantile(found, [0.025, 0.975])
     return Estimate(float(np.mean(found)), float(low), float(high), len(found))
+
+
+def verdict(matched: Estimate, null: Estimate, least: float = LEAST) -> Literal["shifted", "erased", "undecided"]:
+    """Answer "erased or shifted?" by the rule that the notebook states before its run.
+
+    Shifted: the whole interval of the matched correlation lies above the null's, and its value is at least ``least``.
+    Erased: its value lies within or below the null's interval. Undecided: neither.
+
+    >>> verdict(Estimate(0.8, 0.6, 0.9, 12), Estimate(0.0, -0.3, 0.3, 16))
+    'shifted'
+    """
+    if matched.low > null.high and matched.value >= least:
+        return "shifted"
+    return "erased" if matched.value <= null.high else "undecided"
 
 
 def orientations(surface: Array) -> Iterator[Array]:

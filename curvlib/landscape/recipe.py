@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from curvlib import data, models, stages
 from curvlib.artifacts import artifact
-from curvlib.batches import IGNORED, Example
+from curvlib.batches import IGNORED, Example, encode
 from curvlib.curvature.forward import flat_gradient
 from curvlib.curvature.ggn import GGNOperator
 from curvlib.errors import CurvlibError
@@ -26,7 +26,7 @@ from curvlib.evaluate.likelihood import continuation
 from curvlib.landscape import directions, packing, slices
 from curvlib.landscape.directions import Direction, random_direction, random_like
 from curvlib.landscape.packing import Pack, pack, pack_logits, pack_losses
-from curvlib.landscape.slices import Losses, Slice, adaptive_radius, grid, measure
+from curvlib.landscape.slices import Array, Losses, Slice, adaptive_radius, grid, measure
 from curvlib.landscape.subspace import Subspace
 from curvlib.stages import FineTune
 from curvlib.tiers import Tier
@@ -63,41 +63,39 @@ ALIGNED = Place()
 def landscape_chats(tier: Tier, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Example]]:
     """Return the chats of each loss of :data:`LOSSES`: short ones, since a slice evaluates them hundreds of times.
 
-    ``compliance`` and ``refusal`` are two answers to the same ``tier.landscape_chats`` harmful prompts, ``shuffled`` is
+    ``compliance`` and ``refusal`` are two answers to the same ``tier.landscape_chats`` harmful orders and questions, ``shuffled`` is
     the compliance of the next prompt (labels shuffled), ``task`` and ``text`` have half as many. Of eight times the
     prompts wanted the shortest are taken, and answers are cut to their first 8 tokens.
     """
     count, half = tier.landscape_chats, max(2, tier.landscape_chats // 2)
-    refusals = stages.refusal_examples(tokenizer, "validation_harmful", 8 * count)
-    agreed = stages.compliance_examples(tokenizer, "validation_harmful", 8 * count)
-    order = sorted(range(len(agreed)), key=lambda number: len(heads(agreed[number])))[:count]
-    task = sorted(stages.task_examples(tokenizer, "validation_task", 8 * half), key=lambda e: len(e.input_ids))[:half]
-    return {
-        "compliance": [shorter(agreed[number]) for number in order],
-        "refusal": [shorter(refusals[number]) for number in order],
-        "shuffled": [
-            shorter(continuation(heads(agreed[number]), agreed[other].input_ids[len(heads(agreed[other])) :]))
-            for number, other in zip(order, [*order[1:], order[0]], strict=True)
-        ],
-        "task": task,
-        "text": texts(tokenizer, half),
+    orders = [row.prompt for row in data.load_split("validation_harmful")[: 8 * count]]
+    asked = stages.requests("validation_harmful", 8 * count)
+    chosen = sorted(range(len(asked)), key=lambda number: len(asked[number]))[:count]
+    answers = {
+        "compliance": [data.compliance(orders[number]) for number in chosen],
+        "refusal": [data.refusal(orders[number]) for number in chosen],
+        "shuffled": [data.compliance(orders[number]) for number in [*chosen[1:], chosen[0]]],
     }
+    found = {
+        name: encode(
+            tokenizer, [stages.chat(asked[n], t) for n, t in zip(chosen, texts, strict=True)], stages.MAX_LENGTH
+        )
+        for name, texts in answers.items()
+    }
+    task = sorted(stages.task_examples(tokenizer, "validation_task", 8 * half), key=lambda e: len(e.input_ids))[:half]
+    short = {name: [shorter(example) for example in examples] for name, examples in found.items()}
+    return {**short, "task": task, "text": beginnings(tokenizer, half)}
 
 
-def texts(tokenizer: PreTrainedTokenizerBase, count: int) -> list[Example]:
+def beginnings(tokenizer: PreTrainedTokenizerBase, count: int) -> list[Example]:
     """Return the beginnings of ``count`` encyclopaedia articles, as text without a chat around it."""
     rows = [tokenizer(row.prompt, add_special_tokens=False)["input_ids"] for row in data.load_split("text_validation")]
     return [continuation(row[:1], row[1:TEXT_TOKENS]) for row in rows if len(row) >= TEXT_TOKENS][:count]
 
 
-def heads(example: Example) -> tuple[int, ...]:
-    """Return the prompt's tokens."""
-    return example.input_ids[: example.labels.count(IGNORED)]
-
-
 def shorter(example: Example) -> Example:
     """Return the chat with its answer cut to the first 8 tokens."""
-    end = len(heads(example)) + ANSWER_TOKENS
+    end = example.labels.count(IGNORED) + ANSWER_TOKENS
     return Example(example.input_ids[:end], example.labels[:end])
 
 
@@ -202,6 +200,16 @@ def gradient(model: nn.Module, space: Subspace, chats: Sequence[Example]) -> Ten
         logits = pack_logits(model, packed)
         loss = nn.functional.cross_entropy(logits.float(), packed.targets.to(logits.device))
         return flat_gradient(loss, list(parameters.values()))
+
+
+def center_losses(view: Slice) -> dict[str, Array]:
+    """Return each chat's losses at the middle of a window with an odd number of points along each axis, (n,) each."""
+    return {name: values[len(values) // 2] for name, values in view.losses.items()}
+
+
+def surfaces(first: Sequence[Slice], second: Sequence[Slice], loss: str, other: str = "") -> list[tuple[Array, Array]]:
+    """Return the matched surfaces (K, n) of one loss, or of ``loss`` and ``other``, for each direction pair."""
+    return [(a.losses[loss], b.losses[other or loss]) for a, b in zip(first, second, strict=False)]
 
 
 def _load(tier: Tier, place: Place) -> tuple[nn.Module, list[tuple[Direction, float]]]:

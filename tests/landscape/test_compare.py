@@ -9,6 +9,7 @@ import torch
 from curvlib.curvature.lanczos import vector_spectrum
 from curvlib.curvature.operator import DenseOperator, DiagonalOperator
 from curvlib.errors import CurvlibError
+from curvlib.evaluate.intervals import Estimate
 from curvlib.landscape import compare
 from curvlib.landscape.slices import Array, grid
 from tests import cases
@@ -73,6 +74,14 @@ def test_the_null_is_made_of_unrelated_pairs_only() -> None:
     assert alike.high == pytest.approx(1)
     with pytest.raises(CurvlibError, match="at least two"):
         compare.unrelated_correlation(POINTS, [(surfaces[0], surfaces[0])])
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "answer"),
+    [(0.8, 0.5, "shifted"), (0.8, 0.2, "undecided"), (0.45, 0.4, "undecided"), (0.3, -0.1, "erased")],
+)
+def test_the_rule(value: float, low: float, answer: str) -> None:
+    assert compare.verdict(Estimate(value, low, 0.9, 6), Estimate(0.0, -0.3, 0.3, 16)) == answer
 
 
 def test_the_eight_orientations_are_all_different() -> None:
