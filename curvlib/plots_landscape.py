@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
 from curvlib.curvature.lanczos import SpectralDensity
@@ -27,15 +28,15 @@ def paired_surfaces(points: ArrayLike, surfaces: Mapping[str, ArrayLike], title:
     axis = np.asarray(points)[:side, 1]
     shown = {name: np.asarray(values).reshape(side, side).T for name, values in surfaces.items()}
     first, *_, last = shown.values()
-    drawn, panels = figure(len(shown) + 1, width=3.1 * (len(shown) + 1), height=3.3, sharey=True)
+    drawn, panels = figure(len(shown) + 1, width=9.6, height=9.6 / (len(shown) + 1) + 0.6, sharey=True)
     low, high = min(values.min() for values in shown.values()), max(values.max() for values in shown.values())
     for axes, (name, values) in zip(panels, shown.items(), strict=False):
         filled = axes.contourf(axis, axis, values, levels=np.linspace(low, high, 13), cmap="cividis")
         axes.set_title(name)
-    drawn.colorbar(filled, ax=panels[:-1], label=title, format="%.3g")
+    drawn.colorbar(filled, ax=panels[:-1], label=title, format="%.2g", ticks=MaxNLocator(5))
     reach = float(np.abs(last - first).max()) or 1.0
     difference = panels[-1].contourf(axis, axis, last - first, levels=np.linspace(-reach, reach, 14), cmap="PuOr")
-    drawn.colorbar(difference, ax=panels[-1], label="difference", format="%.2g")
+    drawn.colorbar(difference, ax=panels[-1], label="difference", format="%.2g", ticks=MaxNLocator(5))
     panels[-1].set_title("last − first")
     for axes in panels:
         axes.plot(0, 0, "+", c="white", ms=10, mew=2)
@@ -119,7 +120,8 @@ def step_in_spectrum(steps: Mapping[str, StepSpectrum]) -> Figure:
         place, share = _upper_shares(found, floor)
         axes.step(place, 100 * share, where="pre", c=colour)
         axes.plot(place, 100 * share, c=colour, marker=marker, ls="", label=name)
-    axes.set(xscale="log", xlabel="curvature of the task loss", ylabel="share of the step, %", ylim=(-3, 103))
+    axes.set(xscale="log", yscale="log", ylim=(1e-3, 200))
+    axes.set(xlabel="curvature of the task loss", ylabel="share of the step, %")
     axes.set_title("Share of each step at this curvature or more")
     axes.legend()
     return drawn

@@ -75,7 +75,7 @@ _CPU = Tier(
     max_products=6,
     landscape_points=9,
     landscape_pairs=3,
-    landscape_chats=6,
+    landscape_chats=5,
     landscape_products=10,
 )
 
@@ -108,10 +108,10 @@ _TIERS = {
             "restore_steps": 2,
             "curvature_chats": 8,
             "max_products": 4,
-            "landscape_points": 7,
+            "landscape_points": 5,
             "landscape_pairs": 2,
-            "landscape_chats": 4,
-            "landscape_products": 5,
+            "landscape_chats": 3,
+            "landscape_products": 4,
         }
     ),
     "cpu": _CPU,

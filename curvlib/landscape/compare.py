@@ -111,14 +111,14 @@ def verdict(matched: Estimate, null: Estimate, least: float = LEAST) -> Literal[
     """Answer "erased or shifted?" by the rule that the notebook states before its run.
 
     Shifted: the whole interval of the matched correlation lies above the null's, and its value is at least ``least``.
-    Erased: its value lies within or below the null's interval. Undecided: neither.
+    Erased: its value lies within or below the null's interval, and its own interval below ``least``. Else undecided.
 
     >>> verdict(Estimate(0.8, 0.6, 0.9, 12), Estimate(0.0, -0.3, 0.3, 16))
     'shifted'
     """
     if matched.low > null.high and matched.value >= least:
         return "shifted"
-    return "erased" if matched.value <= null.high else "undecided"
+    return "erased" if matched.value <= null.high and matched.high < least else "undecided"
 
 
 def orientations(surface: Array) -> Iterator[Array]:

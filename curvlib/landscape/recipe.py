@@ -63,9 +63,9 @@ ALIGNED = Place()
 def landscape_chats(tier: Tier, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Example]]:
     """Return the chats of each loss of :data:`LOSSES`: short ones, since a slice evaluates them hundreds of times.
 
-    ``compliance`` and ``refusal`` are two answers to the same ``tier.landscape_chats`` harmful orders and questions, ``shuffled`` is
-    the compliance of the next prompt (labels shuffled), ``task`` and ``text`` have half as many. Of eight times the
-    prompts wanted the shortest are taken, and answers are cut to their first 8 tokens.
+    ``compliance`` and ``refusal`` are two answers to the same ``tier.landscape_chats`` harmful orders and questions,
+    ``shuffled`` is the compliance of the next prompt (labels shuffled), ``task`` and ``text`` have half as many. Of
+    eight times the prompts wanted the shortest are taken, and answers are cut to their first 8 tokens.
     """
     count, half = tier.landscape_chats, max(2, tier.landscape_chats // 2)
     orders = [row.prompt for row in data.load_split("validation_harmful")[: 8 * count]]

@@ -77,11 +77,17 @@ def test_the_null_is_made_of_unrelated_pairs_only() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "low", "answer"),
-    [(0.8, 0.5, "shifted"), (0.8, 0.2, "undecided"), (0.45, 0.4, "undecided"), (0.3, -0.1, "erased")],
+    ("low", "value", "high", "answer"),
+    [
+        (0.5, 0.8, 0.9, "shifted"),
+        (0.2, 0.8, 0.9, "undecided"),
+        (0.4, 0.45, 0.9, "undecided"),
+        (-0.1, 0.3, 0.4, "erased"),
+        (-0.1, 0.3, 0.6, "undecided"),
+    ],
 )
-def test_the_rule(value: float, low: float, answer: str) -> None:
-    assert compare.verdict(Estimate(value, low, 0.9, 6), Estimate(0.0, -0.3, 0.3, 16)) == answer
+def test_the_rule(low: float, value: float, high: float, answer: str) -> None:
+    assert compare.verdict(Estimate(value, low, high, 6), Estimate(0.0, -0.3, 0.3, 16)) == answer
 
 
 def test_the_eight_orientations_are_all_different() -> None:
