@@ -1,4 +1,4 @@
-"""The command line: ``python -m curvlib run``, ``report`` and ``restore``."""
+"""The command line: ``python -m curvlib run``, ``report``, ``restore`` and ``study``."""
 
 from __future__ import annotations
 
@@ -50,6 +50,11 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     report.set_defaults(command=_report)
     _add_restore(commands)
+
+    study = commands.add_parser("study", help="run a study and write data/studies/NAME.json")
+    study.add_argument("name", metavar="NAME", help="landscape")
+    study.add_argument("--tier", default="cpu", help="ci, cpu (default) or gpu")
+    study.set_defaults(command=_study)
     return top
 
 
@@ -96,6 +101,13 @@ def _report(options: argparse.Namespace) -> int:
     from curvlib.report_page import build_report
 
     print(build_report(options.run_dir))
+    return 0
+
+
+def _study(options: argparse.Namespace) -> int:
+    from curvlib.studies import run_study  # here, so that --help does not wait for it
+
+    print(run_study(options.name, options.tier))
     return 0
 
 

@@ -30,6 +30,10 @@ class Tier:
         restore_steps: most steps that restoration takes.
         curvature_chats: chats of each kind whose curvature is the metric.
         max_products: most curvature products for one restoration step.
+        landscape_points: points along each axis of a two-dimensional slice.
+        landscape_pairs: pairs of random directions that slices are made along.
+        landscape_chats: harmful prompts at each point; half as many task questions and texts.
+        landscape_products: most curvature products for one eigenspace or spectrum.
     """
 
     name: str
@@ -47,6 +51,10 @@ class Tier:
     restore_steps: int
     curvature_chats: int
     max_products: int
+    landscape_points: int
+    landscape_pairs: int
+    landscape_chats: int
+    landscape_products: int
 
 
 _CPU = Tier(
@@ -65,6 +73,10 @@ _CPU = Tier(
     restore_steps=3,
     curvature_chats=16,
     max_products=6,
+    landscape_points=9,
+    landscape_pairs=3,
+    landscape_chats=5,
+    landscape_products=10,
 )
 
 
@@ -96,6 +108,10 @@ _TIERS = {
             "restore_steps": 2,
             "curvature_chats": 8,
             "max_products": 4,
+            "landscape_points": 5,
+            "landscape_pairs": 2,
+            "landscape_chats": 3,
+            "landscape_products": 4,
         }
     ),
     "cpu": _CPU,
@@ -112,6 +128,10 @@ _TIERS = {
             "validation": 64,
             "restore_chats": 64,
             "curvature_chats": 64,
+            "landscape_points": 25,
+            "landscape_pairs": 4,
+            "landscape_chats": 16,
+            "landscape_products": 24,
         }
     ),
 }

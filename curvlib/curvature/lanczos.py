@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from curvlib.curvature.operator import CurvatureOperator
+from curvlib.curvature.operator import CurvatureOperator, check_vector
 from curvlib.curvature.trace import Estimate, normal_probes
 from curvlib.errors import CurvlibError
 
@@ -73,8 +73,10 @@ class SpectralDensity:
         return Estimate(float(samples.mean()), float(samples.std() / len(samples) ** 0.5), self.products)
 
 
-def lanczos(operator: CurvatureOperator, steps: int, generator: torch.Generator) -> Iterator[Krylov]:
-    """Yield the state after each of at most ``steps`` steps from a random start; one product a step.
+def lanczos(
+    operator: CurvatureOperator, steps: int, generator: torch.Generator, start: Tensor | None = None
+) -> Iterator[Krylov]:
+    """Yield the state after each of at most ``steps`` steps from ``start`` (random by default); one product a step.
 
     Where the basis cannot be extended (its span is mapped into itself) the last ``beta`` is 0, and the next step begins
     in a new random direction.
@@ -84,7 +86,7 @@ def lanczos(operator: CurvatureOperator, steps: int, generator: torch.Generator)
     alpha: list[float] = []
     beta: list[float] = []
     largest, tiny = 0.0, 100 * torch.finfo(operator.dtype).eps
-    w = normal_probes(operator, 1, generator)[:, 0]
+    w = normal_probes(operator, 1, generator)[:, 0] if start is None else start
     for m in range(steps):
         basis[m] = w / w.norm()
         image = operator.matvec(basis[m])
@@ -184,9 +186,28 @@ def spectral_density(
     return SpectralDensity(grid, curves.mean(dim=0), curves.std(dim=0) / probes**0.5, nodes, weights, spent)
 
 
-def _gauss_rule(operator: CurvatureOperator, steps: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return nodes and weights of one random start; complete early where the span is invariant."""
-    for krylov in lanczos(operator, steps, generator):
+def vector_spectrum(operator: CurvatureOperator, v: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    r"""Return nodes and weights (m,) of the Gauss rule for :math:`v^\top f(A)\,v / \|v\|^2`, float64 on the CPU.
+
+    The weights are the shares of :math:`\|v\|^2` that lie at these eigenvalues. Cost: m ≤ ``steps`` products.
+    Source: Golub and Meurant 1994.
+
+    Raises:
+        CurvlibError: v is zero or does not fit the operator, or no step is asked for.
+    """
+    check_vector(operator, v)
+    if not float(v.norm()) > 0 or steps < 1:
+        raise CurvlibError(
+            f"a vector of norm {float(v.norm())} and {steps} steps were given, expected a non-zero vector and a step"
+        )
+    return _gauss_rule(operator, steps, torch.Generator().manual_seed(0), v)
+
+
+def _gauss_rule(
+    operator: CurvatureOperator, steps: int, generator: torch.Generator, start: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return nodes and weights of one start; complete early where the span is invariant."""
+    for krylov in lanczos(operator, steps, generator, start):
         if krylov.beta[-1] == 0:
             break
     nodes, vectors = krylov.ritz()

@@ -1,0 +1,167 @@
+"""Losses on lines and grids through a model, several losses in one pass, resumable."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from curvlib.errors import CurvlibError
+from curvlib.landscape.directions import Direction, joined, moved
+from curvlib.progress import bar
+
+Array = NDArray[np.float64]
+Losses = Callable[[], Mapping[str, Tensor]]  # name -> one loss a chat (n,), of the model as it stands
+DOUBLINGS, BISECTIONS = 6, 4  # from 1/64 of the first guess to 64 times it, then to about 5 % of the radius
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Losses at points of a line or a plane through a model.
+
+    Attributes:
+        points: (K, d), the factor of each of the d directions at each point.
+        losses: name -> (K, n), each chat's loss (nats per token) at each point.
+        seconds: that the points measured in this call took.
+    """
+
+    points: Array
+    losses: dict[str, Array]
+    seconds: float = 0.0
+
+    def mean(self, name: str) -> Array:
+        """Return the mean loss over the chats at each point, (K,)."""
+        mean: Array = self.losses[name].mean(axis=1)
+        return mean
+
+
+def line(start: float, stop: float, count: int) -> Array:
+    """Return ``count`` evenly spaced points on a line, (count, 1)."""
+    return np.linspace(start, stop, count)[:, None]
+
+
+def grid(radius: float, count: int) -> Array:
+    """Return ``count`` × ``count`` points from -radius to radius, (count², 2); the first factor varies slowest.
+
+    >>> grid(1.0, 3)[[0, 1, 4]].tolist()
+    [[-1.0, -1.0], [-1.0, 0.0], [0.0, 0.0]]
+    """
+    axis = np.linspace(-radius, radius, count)
+    return np.stack(np.meshgrid(axis, axis, indexing="ij"), axis=-1).reshape(-1, 2)
+
+
+@torch.no_grad()
+def _evaluated(losses: Losses) -> Mapping[str, Tensor]:
+    """Return the losses without a graph."""
+    return losses()
+
+
+def measure(
+    model: nn.Module,
+    directions: Sequence[Direction],
+    points: Array,
+    losses: Losses,
+    *,
+    origin: Sequence[tuple[Direction, float]] = (),
+    checkpoint: Path | None = None,
+    label: str = "slice",
+) -> Slice:
+    """Evaluate the losses at ``origin`` + Σ factor · direction for each row of factors in ``points`` (K, d).
+
+    Args:
+        model: left as it is, see :func:`curvlib.landscape.directions.moved`.
+        directions: d of them.
+        points: (K, d).
+        losses: called once a point; all losses come from the same pass.
+        origin: steps that lead from the model to the slice's own origin, such as a fine-tuning step.
+        checkpoint: file that keeps the points done; an interrupted call goes on from it. It is removed at the end.
+        label: name on the progress bar.
+
+    Raises:
+        CurvlibError: the points do not fit the directions, or the checkpoint belongs to another slice.
+
+    Cost: one call of ``losses`` a point.
+    """
+    if points.ndim != 2 or points.shape[1] != len(directions):
+        raise CurvlibError(
+            f"points of shape {points.shape} were given for {len(directions)} directions, expected one column each"
+        )
+    rows, begin = _resume(checkpoint, points), time.perf_counter()
+    for factors in bar(points[len(rows) :], desc=label, initial=len(rows), total=len(points)):
+        with moved(model, joined([*origin, *zip(directions, factors.tolist(), strict=True)])):
+            rows.append({name: values.double().cpu().numpy() for name, values in _evaluated(losses).items()})
+        if checkpoint:
+            _save(checkpoint, points, rows)
+    if checkpoint:
+        checkpoint.unlink(missing_ok=True)
+    return Slice(points, _columns(rows), time.perf_counter() - begin)
+
+
+def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Array]:
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def _save(checkpoint: Path, points: Array, rows: Sequence[Mapping[str, Any]]) -> None:
+    temporary = checkpoint.with_suffix(".tmp.npz")
+    np.savez(temporary, allow_pickle=False, points=points, **{f"loss {k}": v for k, v in _columns(rows).items()})
+    temporary.replace(checkpoint)
+
+
+def _resume(checkpoint: Path | None, points: Array) -> list[dict[str, Any]]:
+    """Return the losses of the points that an interrupted call has measured, if any."""
+    if not checkpoint or not checkpoint.exists():
+        return []
+    with np.load(checkpoint, allow_pickle=False) as kept:
+        if not np.array_equal(kept["points"], points):
+            raise CurvlibError(f"{checkpoint} holds another slice than the one asked for: remove it and start again")
+        columns = {name.removeprefix("loss "): kept[name] for name in kept.files if name != "points"}
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def adaptive_radius(
+    model: nn.Module, directions: Sequence[Direction], losses: Losses, *, rise: float, start: float = 0.25
+) -> float:
+    """Return the factor at which the losses have risen by ``rise`` (nats per token), so that a slice shows its shape.
+
+    The loss is the mean over all losses, at the ends of every direction (both signs); the factor is doubled or halved
+    from ``start`` until it brackets the rise, and then bisected.
+
+    Raises:
+        CurvlibError: no factor from 1/64 to 64 times ``start`` brackets the rise.
+
+    Cost: about 8 × 2 d calls of ``losses`` for d directions.
+    """
+    ends = [(direction, sign) for direction in directions for sign in (-1.0, 1.0)]
+
+    def level(steps: Sequence[tuple[Direction, float]]) -> float:
+        with moved(model, steps):
+            return float(np.mean([float(values.double().mean()) for values in _evaluated(losses).values()]))
+
+    centre = level(())
+
+    def risen(radius: float) -> bool:
+        rises = [level([(direction, sign * radius)]) - centre for direction, sign in ends]
+        return not float(np.mean(rises)) < rise  # also where the model has broken and the loss is not a number
+
+    radius, growing = start, not risen(start)
+    for _ in range(DOUBLINGS):
+        tried = 2 * radius if growing else radius / 2
+        if risen(tried) == growing:
+            break
+        radius = tried
+    else:
+        raise CurvlibError(
+            f"no radius between {radius:g} and {start:g} raises the losses by {rise}: ask for another rise"
+        )
+    low, high = sorted((radius, tried))
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if risen(middle) else (middle, high)
+    return high

@@ -1,0 +1,171 @@
+"""The landscape study: LoRA of two ranks and full fine-tuning, benign and poisoned, three seeds, each cell kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from curvlib import models, stages
+from curvlib.artifacts import artifact
+from curvlib.batches import Example
+from curvlib.curvature.lanczos import Eigenpairs, eigenpairs
+from curvlib.evaluate.intervals import Estimate, bootstrap
+from curvlib.landscape import compare, recipe
+from curvlib.landscape.recipe import ALIGNED, LOSSES, SUBSPACE_RANK, Place, label, surfaces, windows
+from curvlib.landscape.subspace import Subspace, spanned_by
+from curvlib.progress import bar
+from curvlib.report import Claim
+from curvlib.stages import FineTune
+from curvlib.tiers import Tier
+
+Row = dict[str, Any]
+SEEDS = (0, 1, 2)
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora4": ("LoRA r4", {"rank": 4}),
+    "lora16": ("LoRA r16", {"rank": 16}),
+    "full": ("full fine-tuning", {"method": "full"}),
+}
+CURVED = ("compliance", "refusal", "task")
+
+
+def run(tier: Tier) -> tuple[list[Claim], list[Row]]:
+    """Measure every cell that is not kept yet; return the claims and one row a cell and loss.
+
+    Cost at tier cpu on 2 cores: about three hours, a fifth of it for fine-tuning.
+    """
+    recipes = [
+        (method, FineTune(poison=poison, seed=seed, **settings))
+        for seed in SEEDS
+        for poison in (0.1, 0.0)
+        for method, (_, settings) in METHODS.items()
+    ]
+    rows = [row for method, fine_tune in bar(recipes, desc="study") for row in cell(tier, method, fine_tune)]
+    return claims(rows), rows
+
+
+def cell(tier: Tier, method: str, fine_tune: FineTune) -> list[Row]:
+    """Return the rows of one fine-tune, one a loss, measured now or before."""
+    sizes = {name: getattr(tier, name) for name in vars(tier) if name.startswith("landscape_")}
+    config = {"fine_tune": stages.fine_tuned(tier, fine_tune).parent.name, "sizes": sizes, "version": 1}
+
+    def build(folder: Path) -> None:
+        views, bends = window_rows(tier, fine_tune), curvature_rows(tier, fine_tune)
+        head = {"method": method, "name": label(Place(fine_tune)), **asdict(fine_tune)}
+        found = [{**head, "loss": loss, **views[loss], **bends.get(loss, {})} for loss in views]
+        (folder / "rows.json").write_text(json.dumps(found, indent=1, allow_nan=False), "utf-8")
+
+    rows: list[Row] = json.loads((artifact("landscape-cell", config, build) / "rows.json").read_text("utf-8"))
+    return rows
+
+
+def window_rows(tier: Tier, fine_tune: FineTune) -> dict[str, Row]:
+    """Return loss -> how alike the windows around the aligned and the fine-tuned model are, with every control.
+
+    ``shuffled`` meets the aligned model's ``compliance``: same prompts, another prompt's answer.
+    """
+    base, tuned = windows(tier, ALIGNED, tier.landscape_pairs), windows(tier, Place(fine_tune), tier.landscape_pairs)
+    noise = windows(tier, Place(fine_tune, noise=True, seed=fine_tune.seed), 1)
+    points, found = base[0].points, {}
+    for loss in LOSSES:
+        first = "compliance" if loss == "shuffled" else loss
+        pairs, shaken = surfaces(base, tuned, first, loss), surfaces(base, noise, first, loss)
+        ends = [recipe.center_losses(views[0])[name] for views, name in ((base, first), (tuned, loss))]
+        found[loss] = {
+            **_flat("pearson", compare.surface_correlation(points, pairs)),
+            **_flat("spearman", compare.surface_correlation(points, pairs, ranks=True)),
+            **_flat("null", compare.unrelated_correlation(points, pairs)),
+            "with_bowl": compare.surface_correlation(points, pairs, bowl=True).value,
+            "random_step": compare.surface_correlation(points, shaken).value,
+            "prompts": compare.correlation(*ends, ranks=True),
+            "loss_before": float(ends[0].mean()),
+            "loss_after": float(ends[1].mean()),
+        }
+    return found
+
+
+def curvature_rows(tier: Tier, fine_tune: FineTune) -> dict[str, Row]:
+    """Return loss -> top eigenvalue before and after, and the overlap of the eigenspaces with its controls.
+
+    For the task there is also the curvature along the fine-tuning step, the refusal gradient and a random step.
+    """
+    base: nn.Module = stages.load_aligned(tier)[0]
+    tuned: Any = stages.load_fine_tuned(tier, fine_tune)
+    chats = recipe.landscape_chats(tier, models.load_tokenizer(stages.aligned_source(tier)))
+    step = recipe.step_of(tier, fine_tune)
+    space = spanned_by(step, SUBSPACE_RANK)
+    found: dict[str, Row] = {}
+    for loss in CURVED:
+        before, again = (top(tier, base, space, chats[loss], seed=seed) for seed in (0, 1))
+        after = top(tier, tuned, space, chats[loss], seed=2)
+        found[loss] = {
+            "top_before": float(before.values[0]),
+            "top_after": float(after.values[0]),
+            "overlap": compare.overlap(before.vectors, after.vectors),
+            "overlap_itself": compare.overlap(before.vectors, again.vectors),
+            "overlap_random": before.vectors.shape[1] / space.size,
+        }
+    vector, share = space.project(step)
+    steps = {
+        "step": vector,
+        "gradient": recipe.gradient(tuned, space, chats["refusal"]),
+        "random": random_vector(space),
+    }
+    with recipe.curvature(tuned, space, chats["task"]) as operator:
+        for name, v in steps.items():
+            found["task"][f"curvature_{name}"] = float(v @ operator.matvec(v) / (v @ v))
+    found["task"]["step_share"] = share
+    return found
+
+
+def top(tier: Tier, model: nn.Module, space: Subspace, chats: Sequence[Example], *, seed: int) -> Eigenpairs:
+    """Return the top eigenpairs of one loss's curvature over a subspace, a third as many as products are allowed.
+
+    Compare two models with different seeds: Krylov spaces from one start share it, and overlap for that reason alone.
+    """
+    count = max(2, tier.landscape_products // 3)
+    with recipe.curvature(model, space, chats) as operator:
+        return eigenpairs(operator, largest=count, max_products=tier.landscape_products, tolerance=1e-2, seed=seed)
+
+
+def random_vector(space: Subspace, seed: int = 0) -> Tensor:
+    """Return a standard normal vector of the subspace: the null control of every step."""
+    basis = next(iter(space.bases.values()))
+    return torch.randn(space.size, generator=torch.Generator().manual_seed(seed)).to(basis)
+
+
+def claims(rows: Sequence[Mapping[str, Any]]) -> list[Claim]:
+    """Return the study's claims: the harmful correlation over all poisoned cells and by method, and its control."""
+    harmful = [row for row in rows if row["loss"] == "compliance" and row["poison"] > 0]
+    null = _mean_null(harmful)
+    made = [_claim("harmful_correlation", "all methods", harmful)]
+    for method, (words, _) in METHODS.items():
+        made.append(_claim(f"harmful_correlation_{method}", words, [row for row in harmful if row["method"] == method]))
+    text = [row["null_value"] for row in rows if row["loss"] == "text" and row["poison"] > 0]
+    statement = "Windows along unrelated directions are not alike: their correlation on harmful compliance"
+    numbers = {"value": null.value, "low": null.low, "high": null.high, "control": float(np.mean(text))}
+    return [*made, Claim("harmful_correlation_control", statement, **numbers, n=null.n, holds=null.low < 0 < null.high)]
+
+
+def _claim(name: str, words: str, rows: Sequence[Mapping[str, Any]]) -> Claim:
+    found, null = bootstrap([row["pearson_value"] for row in rows]), _mean_null(rows)
+    statement = (
+        f"Around the poisoned model harmful compliance keeps the shape it had ({words}): correlation, bowl removed"
+    )
+    holds = compare.verdict(found, null) == "shifted"
+    return Claim(name, statement, found.value, found.low, found.high, null.value, found.n, holds)
+
+
+def _mean_null(rows: Sequence[Mapping[str, Any]]) -> Estimate:
+    value, low, high = (float(np.mean([row[f"null_{end}"] for row in rows])) for end in ("value", "low", "high"))
+    return Estimate(value, low, high, sum(row["null_n"] for row in rows))
+
+
+def _flat(name: str, estimate: Estimate) -> Row:
+    return {f"{name}_{field}": value for field, value in asdict(estimate).items()}
