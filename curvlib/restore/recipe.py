@@ -66,7 +66,9 @@ def restoration_chats(tier: Tier, tokenizer: PreTrainedTokenizerBase) -> Chats:
     half = tier.curvature_chats // 2
     held_out = {
         "task": batches(stages.task_examples(tokenizer, "validation_task", tier.validation)),
-        "benign": batches(own("validation_edgy", tier.validation) + own("validation_benign", tier.validation)),
+        "benign": batches(
+            own("validation_edgy", tier.validation // 2) + own("validation_benign", tier.validation // 2)
+        ),
     }
     return Chats(
         task=batches(stages.task_examples(tokenizer, "restore_task", tier.curvature_chats)),

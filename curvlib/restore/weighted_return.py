@@ -38,7 +38,7 @@ from curvlib.restore.objectives import SafetyBatches
 from curvlib.restore.outcome import Budget, HeldOut, Judge, RestorationResult, best
 
 METRICS = ("identity", "fisher", "ggn", "ekfac")
-STRENGTHS = tuple(10 ** (power / 2) for power in range(-3, 7))  # c from 0.03 to 1000, two in each decade
+STRENGTHS = tuple(10 ** (power / 2) for power in range(-1, 5))  # c from 0.3 to 100, two in each decade
 
 
 def weighted_return(
