@@ -47,7 +47,7 @@ def random_step(metric: CurvatureOperator, step: Tensor, *, seed: int) -> Tensor
 def shuffled_answers(
     refusals: Sequence[Batch], benign: Sequence[Batch], *, seed: int, pad_id: int, batch_size: int = 8
 ) -> tuple[list[Batch], list[Batch]]:
-    """Return both sets with the answers of all their chats dealt out anew, so that refusing is not tied to harm.
+    """Return both sets with the answers of all their chats dealt out anew: refusing then has nothing to do with harm.
 
     Args:
         refusals: refused harmful requests.

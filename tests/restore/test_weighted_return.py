@@ -9,11 +9,12 @@ import torch
 
 from curvlib.batches import answer_logits
 from curvlib.curvature.ggn import ggn
-from curvlib.curvature.lowrank import LowRankOperator
+from curvlib.curvature.lowrank import LowRankOperator, sampled_fisher
 from curvlib.curvature.operator import DenseOperator
 from curvlib.errors import CurvlibError
 from curvlib.parameters import assign, flatten, trainable
 from curvlib.restore import Budget, HeldOut, RestorationResult, SafetyBatches, restore
+from curvlib.restore.metrics import DRAWS
 from curvlib.restore.weighted_return import METRICS, Valley, WayBack, only_b, way_back, weighted_return
 from tests import cases
 
@@ -85,7 +86,11 @@ def test_safety_is_measured_at_the_base_and_the_task_where_it_was_learnt() -> No
         found = way.safety.curvature.matvec(v)
         assert torch.equal(flatten(parameters), tuned)
         assert cases.relative_error(found, ggn(model, REFUSALS).matvec(v)) > 1e-2
+        low_rank = way_back(model, TASK, REFUSALS, "fisher", 0.1, seed=0)
+        torch.testing.assert_close(low_rank.task.rows, sampled_fisher(model, TASK, samples=DRAWS, seed=0).rows)
         assign(parameters, torch.zeros_like(tuned))
+        expected = sampled_fisher(model, REFUSALS, samples=DRAWS, seed=0).rows
+        torch.testing.assert_close(low_rank.safety.rows, expected)
         torch.testing.assert_close(found, ggn(model, REFUSALS).matvec(v))
 
 
