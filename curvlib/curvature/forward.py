@@ -9,10 +9,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn.functional import linear
+from torch.overrides import TorchFunctionMode
 
 from curvlib.parameters import Tensors, tensor_list, unflatten
 
@@ -40,10 +43,26 @@ def tangent_of(value: Tensor) -> Tensor:
     return torch.zeros_like(value) if tangent is None else tangent
 
 
+class FrozenLinear(TorchFunctionMode):
+    r"""Inside the ``with`` block, carry a tangent through a frozen linear map as :math:`\dot y = \dot x\,W^\top` alone.
+
+    torch's own rule adds :math:`x\,\dot W^\top` with a W of zeros: half as much work again, and a dense copy of the
+    zeros inside the kernel, once for each chat where x is a slice, as at a language model's output layer.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Replace ``linear`` where neither weight nor bias is trained; leave everything else."""
+        if func is linear and not kwargs and not any(w.requires_grad for w in args[1:] if w is not None):
+            value, tangent = forward_ad.unpack_dual(args[0])
+            if tangent is not None:
+                return forward_ad.make_dual(linear(value, *args[1:]), linear(tangent, args[1]))
+        return func(*args, **(kwargs or {}))
+
+
 @torch.no_grad()
 def jacobian_vector_product(function: Callable[[], Tensor], parameters: Tensors, v: Tensor) -> tuple[Tensor, Tensor]:
     r"""Return :math:`f(\theta)` and :math:`J_f v`, of the same shape, from one pass that stores no graph."""
-    with tangents(parameters, v):
+    with tangents(parameters, v), FrozenLinear():
         value = function()
         return forward_ad.unpack_dual(value).primal.clone(), tangent_of(value).clone()
 
