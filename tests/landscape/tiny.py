@@ -12,7 +12,7 @@ import torch
 
 from curvlib import models, nf4, stages
 from curvlib.batches import Example
-from curvlib.landscape import recipe
+from curvlib.landscape import compare, recipe
 from curvlib.stages import FineTune
 from curvlib.tiers import Tier, get_tier
 from tests import cases
@@ -67,6 +67,7 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tier]:
     monkeypatch.setattr(models, "load_tokenizer", lambda _: None)
     monkeypatch.setattr(recipe, "landscape_chats", lambda *_: chats())
     monkeypatch.setattr(recipe, "RISE", 0.05)
+    monkeypatch.setattr(compare, "RESAMPLES", 20)
     for kept in (recipe.direction_pair, recipe.packed_chats):
         kept.cache_clear()
     yield TIER
