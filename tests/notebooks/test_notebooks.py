@@ -90,9 +90,6 @@ def test_the_form_is_that_of_the_house(path: Path) -> None:
     assert form_faults(notebook_file.read(path).cells) == []
 
 
-@pytest.mark.xfail(
-    strict=True, reason="no run at tier cpu was kept yet: python -m curvlib run --tier cpu --keep-outputs"
-)
 @each_notebook
 def test_the_committed_outputs_are_those_of_a_whole_run(path: Path) -> None:
     notebook = notebook_file.read(path)
