@@ -113,7 +113,7 @@ def test_the_strength_is_the_best_that_stays_in_budget(metric: str) -> None:
     assert result.steps == ((start, best) if best.safety < start.safety else (start,))
     assert (result.products > 0) == (metric == "ggn")
     assert torch.equal(flatten(trainable(model)), result.after)
-    assert len(rest) == 10
+    assert len(rest) == 6
 
 
 def test_nothing_moves_when_no_strength_passes_and_a_stays_anyway() -> None:
