@@ -40,7 +40,8 @@ def body(results: Results) -> str:
     if results["growth"]:
         base = "2 chats of 64 tokens, rank 8, all layers, but for the one quantity that is named"
         parts.append(f"### How it grows\n\nSmolLM2 in NF4, {base}.\n\n{growth_table(results['growth'])}")
-    return "\n".join(parts)
+    picture = "![Cost and peak memory of each product, and growth of the peak with the batch](products.png)\n"
+    return "\n".join([*parts, picture])
 
 
 def product_table(rows: list[Row]) -> str:
