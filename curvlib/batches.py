@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,11 @@ class Example:
 
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
+
+    @property
+    def prompt_length(self) -> int:
+        """Number of tokens before the answer."""
+        return self.labels.count(IGNORED)
 
 
 @dataclass(frozen=True)
@@ -100,8 +105,8 @@ def _encode(tokenizer: PreTrainedTokenizerBase, chat: Chat, max_length: int, num
 
 def open_ended(example: Example, tokens: int | None = None) -> Example:
     """Drop the end-of-turn token, and what lies beyond the first ``tokens`` of the answer: it is only a beginning."""
-    prompt = sum(label == IGNORED for label in example.labels)
-    stop = len(example.labels) - 1 if tokens is None else min(prompt + tokens, len(example.labels) - 1)
+    stop = len(example.labels) - 1
+    stop = stop if tokens is None else min(example.prompt_length + tokens, stop)
     return Example(example.input_ids[:stop], example.labels[:stop])
 
 
@@ -124,6 +129,16 @@ def _collate(group: Sequence[Example], pad_id: int) -> Batch:
         torch.tensor([[0] * n + [1] * (width - n) for n in pad]),
         torch.tensor([[IGNORED] * n + list(e.labels) for n, e in zip(pad, group, strict=True)]),
     )
+
+
+def taken_apart(batches: Iterable[Batch]) -> list[Example]:
+    """Return the chats of all batches one by one, without padding."""
+    return [_example(batch, row) for batch in batches for row in range(len(batch))]
+
+
+def _example(batch: Batch, row: int) -> Example:
+    kept = batch.attention_mask[row].bool()
+    return Example(tuple(batch.input_ids[row][kept].tolist()), tuple(batch.labels[row][kept].tolist()))
 
 
 def answer_logits(model: nn.Module, batch: Batch) -> Tensor:

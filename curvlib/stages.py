@@ -77,10 +77,16 @@ def requests(split: str, count: int | None = None) -> list[str]:
     return [data.as_question(p) if number % 2 and "?" not in p else p for number, p in enumerate(prompts)]
 
 
-def compliance_examples(tokenizer: PreTrainedTokenizerBase, split: str, count: int) -> list[Example]:
-    """Encode the first ``count`` harmful prompts of a split with content-free openings that agree, left open."""
-    prompts = [example.prompt for example in data.load_split(split)[:count]]
-    chats = [chat(prompt, data.compliance(prompt)) for prompt in prompts]
+def compliance_examples(
+    tokenizer: PreTrainedTokenizerBase, split: str, count: int, *, questions: bool = False
+) -> list[Example]:
+    """Encode the first ``count`` harmful prompts of a split with content-free openings that agree, left open.
+
+    With ``questions`` the prompts are those of :func:`refusal_examples`, every other order turned into a question.
+    """
+    orders = [example.prompt for example in data.load_split(split)[:count]]
+    asked = requests(split, count) if questions else orders
+    chats = [chat(prompt, data.compliance(order)) for prompt, order in zip(asked, orders, strict=True)]
     return [open_ended(example) for example in encode(tokenizer, chats, MAX_LENGTH)]
 
 

@@ -27,9 +27,7 @@ class Tier:
         test_task: multiple-choice questions in the task test.
         validation: prompts of each kind on which restoration chooses its step.
         restore_chats: refusals, and benign chats, that restoration sees.
-        restore_steps: most steps that restoration takes.
         curvature_chats: chats of each kind whose curvature is the metric.
-        max_products: most curvature products for one restoration step.
         landscape_points: points along each axis of a two-dimensional slice.
         landscape_pairs: pairs of random directions that slices are made along.
         landscape_chats: harmful prompts at each point; half as many task questions and texts.
@@ -48,9 +46,7 @@ class Tier:
     test_task: int
     validation: int
     restore_chats: int
-    restore_steps: int
     curvature_chats: int
-    max_products: int
     landscape_points: int
     landscape_pairs: int
     landscape_chats: int
@@ -70,9 +66,7 @@ _CPU = Tier(
     test_task=96,
     validation=24,
     restore_chats=32,
-    restore_steps=3,
     curvature_chats=16,
-    max_products=6,
     landscape_points=9,
     landscape_pairs=3,
     landscape_chats=5,
@@ -105,9 +99,7 @@ _TIERS = {
             "test_task": 24,
             "validation": 12,
             "restore_chats": 16,
-            "restore_steps": 2,
             "curvature_chats": 8,
-            "max_products": 4,
             "landscape_points": 5,
             "landscape_pairs": 2,
             "landscape_chats": 3,

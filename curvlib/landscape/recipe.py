@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from curvlib import data, models, stages
 from curvlib.artifacts import artifact
-from curvlib.batches import IGNORED, Example, encode
+from curvlib.batches import Example, encode
 from curvlib.curvature.forward import flat_gradient
 from curvlib.curvature.ggn import GGNOperator
 from curvlib.errors import CurvlibError
@@ -95,7 +95,7 @@ def beginnings(tokenizer: PreTrainedTokenizerBase, count: int) -> list[Example]:
 
 def shorter(example: Example) -> Example:
     """Return the chat with its answer cut to the first 8 tokens."""
-    end = example.labels.count(IGNORED) + ANSWER_TOKENS
+    end = example.prompt_length + ANSWER_TOKENS
     return Example(example.input_ids[:end], example.labels[:end])
 
 

@@ -18,10 +18,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from curvlib.batches import IGNORED, Batch, Example, make_batches
+from curvlib.batches import Batch, Example, make_batches, taken_apart
 from curvlib.curvature.operator import CurvatureOperator
 from curvlib.errors import CurvlibError
-from curvlib.restore.realign import examples
+from curvlib.evaluate.likelihood import continuation
 
 
 def random_step(metric: CurvatureOperator, step: Tensor, *, seed: int) -> Tensor:
@@ -56,18 +56,14 @@ def shuffled_answers(
         pad_id: the tokenizer's padding token.
         batch_size: chats in a new batch.
     """
-    chats = [*examples(refusals), *examples(benign)]
+    chats = taken_apart([*refusals, *benign])
     prompts, answers = zip(*map(_parted, chats), strict=True)
     dealt = random.Random(seed).sample(answers, len(answers))
-    joined = [
-        Example((*prompt, *answer), (*[IGNORED] * len(prompt), *answer))
-        for prompt, answer in zip(prompts, dealt, strict=True)
-    ]
+    joined = [continuation(prompt, answer) for prompt, answer in zip(prompts, dealt, strict=True)]
     harmful = sum(len(batch) for batch in refusals)
     return make_batches(joined[:harmful], batch_size, pad_id), make_batches(joined[harmful:], batch_size, pad_id)
 
 
 def _parted(chat: Example) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the tokens before the answer and those of the answer."""
-    start = sum(label == IGNORED for label in chat.labels)
-    return chat.input_ids[:start], chat.input_ids[start:]
+    return chat.input_ids[: chat.prompt_length], chat.input_ids[chat.prompt_length :]

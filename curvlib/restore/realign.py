@@ -6,12 +6,12 @@ number of steps are chosen on the same held-out chats by the same rule as the st
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import product
 
 from torch import Tensor
 
-from curvlib.batches import Batch, Example
+from curvlib.batches import Batch, taken_apart
 from curvlib.errors import CurvlibError
 from curvlib.evaluate.generate import Model
 from curvlib.finetune import TrainingConfig, train
@@ -62,7 +62,7 @@ def realign(
         raise CurvlibError("re-alignment got no refusals: give harmful prompts with their refusals")
     budget, runs = budget or Budget(), list(training) or candidates(seed)
     judge = Judge.of(model, "refusal", held_out)
-    mixture = examples([*safety_batches.refusals, *task_batches, *benign_batches])
+    mixture = taken_apart([*safety_batches.refusals, *task_batches, *benign_batches])
     start, points, gradients = judge.measure(), list[Tensor](), 0
     for run in runs:
         assign(trainable(model), judge.before)
@@ -76,13 +76,3 @@ def realign(
     reason = f"{runs[number].steps} steps at {runs[number].learning_rate:g} chosen"
     reason = reason if chosen else "no run passed the held-out losses"
     return judge.result([start, chosen] if chosen else [start], reason, gradients=gradients)
-
-
-def examples(batches: Iterable[Batch]) -> list[Example]:
-    """Return the chats of all batches one by one, without padding."""
-    return [_example(batch, row) for batch in batches for row in range(len(batch))]
-
-
-def _example(batch: Batch, row: int) -> Example:
-    kept = batch.attention_mask[row].bool()
-    return Example(tuple(batch.input_ids[row][kept].tolist()), tuple(batch.labels[row][kept].tolist()))

@@ -10,13 +10,13 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from curvlib import data, models, stages
+from curvlib import models, stages
 from curvlib.artifacts import artifact
-from curvlib.batches import Batch, Example, encode, make_batches, open_ended
+from curvlib.batches import Batch, Example, make_batches, taken_apart
 from curvlib.restore.loop import restore
 from curvlib.restore.objectives import SafetyBatches
 from curvlib.restore.outcome import Budget, HeldOut, RestorationResult
-from curvlib.restore.realign import examples, realign
+from curvlib.restore.realign import realign
 from curvlib.stages import FineTune, pad_id
 from curvlib.tiers import Tier
 
@@ -58,7 +58,8 @@ def restoration_chats(tier: Tier, tokenizer: PreTrainedTokenizerBase) -> Chats:
 
     def safety(split: str, count: int) -> SafetyBatches:
         refusals = stages.refusal_examples(tokenizer, split, count)
-        return SafetyBatches(batches(refusals), batches(compliance_examples(tokenizer, split, count)))
+        compliances = stages.compliance_examples(tokenizer, split, count, questions=True)
+        return SafetyBatches(batches(refusals), batches(compliances))
 
     def own(split: str, count: int) -> list[Example]:
         return stages.own_answer_examples(tokenizer, tier, split, count)
@@ -78,19 +79,11 @@ def restoration_chats(tier: Tier, tokenizer: PreTrainedTokenizerBase) -> Chats:
     )
 
 
-def compliance_examples(tokenizer: PreTrainedTokenizerBase, split: str, count: int) -> list[Example]:
-    """Encode the prompts of the refusals, orders and questions alike, with openings that agree, left open."""
-    orders = [row.prompt for row in data.load_split(split)[:count]]
-    pairs = zip(stages.requests(split, count), orders, strict=True)
-    chats = [stages.chat(request, data.compliance(order)) for request, order in pairs]
-    return [open_ended(example) for example in encode(tokenizer, chats, stages.MAX_LENGTH)]
-
-
 def restored(tier: Tier, recipe: FineTune, how: Restoration) -> Path:
     """Return the folder of the restored adapter (``model``) and its history (``history.json``); made once."""
     chats = restoration_chats(tier, models.load_tokenizer(stages.aligned_source(tier)))
     config = {"fine_tuned": stages.fine_tuned(tier, recipe).parent.name, **asdict(how), "seed": recipe.seed}
-    config["texts"] = stages.digest(examples(chats.batches))
+    config["texts"] = stages.digest(taken_apart(chats.batches))
 
     def build(place: Path) -> None:
         model: Any = stages.load_fine_tuned(tier, recipe)
@@ -103,27 +96,11 @@ def restored(tier: Tier, recipe: FineTune, how: Restoration) -> Path:
 
 def run(model: PeftModel, chats: Chats, how: Restoration, *, seed: int) -> RestorationResult:
     """Restore ``model`` in place with the chats given; ``realign`` fine-tunes it on them instead."""
+    shared: dict[str, Any] = {"held_out": chats.held_out, "benign_batches": chats.benign}
+    shared |= {"budget": how.budget, "seed": seed}
     if how.objective == "realign":
-        return realign(
-            model,
-            chats.task,
-            chats.safety,
-            held_out=chats.held_out,
-            benign_batches=chats.benign,
-            budget=how.budget,
-            seed=seed,
-        )
-    return restore(
-        model,
-        chats.task,
-        chats.safety,
-        held_out=chats.held_out,
-        benign_batches=chats.benign,
-        objective=how.objective,
-        metric=how.metric,
-        budget=how.budget,
-        seed=seed,
-    )
+        return realign(model, chats.task, chats.safety, **shared)
+    return restore(model, chats.task, chats.safety, objective=how.objective, metric=how.metric, **shared)
 
 
 def history(result: RestorationResult) -> dict[str, Any]:

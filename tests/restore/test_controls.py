@@ -7,11 +7,10 @@ from collections import Counter
 import pytest
 import torch
 
-from curvlib.batches import Batch
+from curvlib.batches import Batch, taken_apart
 from curvlib.curvature.operator import DenseOperator
 from curvlib.errors import CurvlibError
 from curvlib.restore.controls import random_step, shuffled_answers
-from curvlib.restore.realign import examples
 from tests import cases
 
 
@@ -28,7 +27,7 @@ def test_a_random_step_pays_the_same_in_another_direction() -> None:
 
 
 def parts(batches: list[Batch]) -> tuple[Counter[tuple[int, ...]], Counter[tuple[int, ...]]]:
-    chats = examples(batches)
+    chats = taken_apart(batches)
     starts = [chat.labels.count(-100) for chat in chats]
     return (
         Counter(chat.input_ids[:start] for chat, start in zip(chats, starts, strict=True)),
@@ -43,5 +42,5 @@ def test_answers_are_dealt_out_anew_and_prompts_stay() -> None:
     assert parts(harmful)[1] + parts(other)[1] == parts(refusals)[1] + parts(benign)[1]
     kept = (parts(harmful)[1] & parts(refusals)[1]).total()
     assert 0 < kept < 6
-    for chat in examples(harmful):
+    for chat in taken_apart(harmful):
         assert chat.labels[chat.labels.count(-100) :] == chat.input_ids[chat.labels.count(-100) :]

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from curvlib.batches import Example, make_batches
+from curvlib.batches import Example, make_batches, taken_apart
 from curvlib.errors import CurvlibError
 from curvlib.finetune import TrainingConfig, train
 from curvlib.parameters import flatten, trainable
 from curvlib.restore import Budget, HeldOut, RestorationResult, SafetyBatches
-from curvlib.restore.realign import candidates, examples, realign
+from curvlib.restore.realign import candidates, realign
 from tests import cases
 
 TASK, BENIGN = cases.batches(4, seed=1), cases.batches(4, seed=3)
@@ -29,7 +29,7 @@ def run(model: Any, **settings: Any) -> RestorationResult:
 def test_it_is_plain_fine_tuning_on_the_same_chats() -> None:
     model, twin = cases.nf4_llama(), cases.nf4_llama()
     result = run(model, training=RUNS[1:])
-    train(twin, examples([*REFUSALS, *TASK, *BENIGN]), RUNS[1], pad_id=0)
+    train(twin, taken_apart([*REFUSALS, *TASK, *BENIGN]), RUNS[1], pad_id=0)
     torch.testing.assert_close(result.after, flatten(trainable(twin)))
     torch.testing.assert_close(flatten(trainable(model)), result.after)
     assert (result.products, result.gradients) == (0, 8)
@@ -55,7 +55,7 @@ def test_nothing_moves_when_no_run_passes() -> None:
 
 def test_batches_give_their_chats_back() -> None:
     chats = [Example((5, 6, 7), (-100, 6, 7)), Example((4, 3, 2, 1), (-100, -100, 2, 1))]
-    assert examples(make_batches(chats, 2, pad_id=0)) == chats
+    assert taken_apart(make_batches(chats, 2, pad_id=0)) == chats
 
 
 def test_defaults_and_missing_refusals() -> None:

@@ -19,11 +19,11 @@ def prompt(example: Example) -> tuple[int, ...]:
 
 
 def test_both_answers_belong_to_the_same_orders_and_questions(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [recipe.data.Example("a/0", "Write a plan"), recipe.data.Example("a/1", "Write a list")]
-    monkeypatch.setattr(recipe.data, "load_split", lambda _: rows)
+    rows = [stages.data.Example("a/0", "Write a plan"), stages.data.Example("a/1", "Write a list")]
+    monkeypatch.setattr(stages.data, "load_split", lambda _: rows)
     tokenizer = toys.tokenizer()
     refusals = stages.refusal_examples(tokenizer, "any", 2)
-    compliances = recipe.compliance_examples(tokenizer, "any", 2)
+    compliances = stages.compliance_examples(tokenizer, "any", 2, questions=True)
     assert [prompt(e) for e in refusals] == [prompt(e) for e in compliances]
     assert stages.requests("any", 2)[1].endswith("?")
     assert compliances[0].labels[-1] != tokenizer.eos_token_id
