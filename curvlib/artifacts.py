@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,11 @@ def artifact_key(config: Mapping[str, Any]) -> str:
     True
     """
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def code_digest(files: Iterable[Path]) -> str:
+    """Return 12 hexadecimal digits that stand for source files, for the key of a stage that they make."""
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()[:12]
 
 
 def artifact(stage: str, config: Mapping[str, Any], build: Callable[[Path], None]) -> Path:

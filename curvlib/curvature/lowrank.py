@@ -15,7 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from curvlib.batches import Batch, answer_logits, at_least_float32
+from curvlib.batches import Batch
+from curvlib.curvature.chat_gradients import chat_gradients
 from curvlib.curvature.operator import Operator
 from curvlib.errors import CurvlibError
 from curvlib.parameters import trainable
@@ -77,23 +78,18 @@ def sampled_fisher(model: nn.Module, batches: Sequence[Batch], *, samples: int =
     each label :math:`\hat y_t` drawn from the model, N the answer tokens of all chats and S the draws a chat.
 
     Args:
-        model: only its trainable parameters are differentiated.
-        batches: chats; taken apart into single ones.
+        model: its trainable parameters are LoRA's, or those of linear layers.
+        batches: chats.
         samples: draws of labels for each chat; n = samples × chats rows.
         seed: of the draws.
 
-    Cost: a forward and ``samples`` backward passes for each chat; memory n × P numbers.
+    Cost: ``samples`` gradients of all chats; memory n × P numbers.
+
+    Raises:
+        CurvlibError: see :func:`~curvlib.curvature.chat_gradients.chat_gradients`.
     """
-    parameters = list(trainable(model).values())
-    generator = torch.Generator(parameters[0].device).manual_seed(seed)
+    labels = torch.Generator(next(iter(trainable(model).values())).device).manual_seed(seed)
     total = sum(batch.tokens for batch in batches) * samples
-    size = sum(parameter.numel() for parameter in parameters)
-    chats = [batch.rows(row, row + 1) for batch in batches for row in range(len(batch))]
-    rows = torch.empty(len(chats) * samples, size, device=parameters[0].device)
-    for number, chat in enumerate(chats):
-        likelihoods = torch.log_softmax(at_least_float32(answer_logits(model, chat)), dim=-1)
-        labels = torch.multinomial(likelihoods.detach().exp(), samples, replacement=True, generator=generator)
-        for draw, sums in enumerate(likelihoods.gather(1, labels).sum(dim=0)):
-            pieces = torch.autograd.grad(sums, parameters, retain_graph=draw + 1 < samples)
-            torch.cat([piece.reshape(-1).float() for piece in pieces], out=rows[number * samples + draw])
+    draws = [batch for batch in batches for _ in range(samples)]
+    rows = torch.cat([chat_gradients(model, batch, fisher="sampled", labels=labels) for batch in draws])
     return LowRankOperator(rows.mul_(total**-0.5))

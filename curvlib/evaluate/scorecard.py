@@ -6,7 +6,6 @@ an answer is its excerpt: the verdict was given on the whole.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +17,7 @@ from typing import Any, Literal
 from peft import PeftModel
 
 from curvlib import data, models, stages
-from curvlib.artifacts import artifact
+from curvlib.artifacts import artifact, code_digest
 from curvlib.errors import CurvlibError
 from curvlib.evaluate.behaviour import Behaviour, excerpt, measure_behaviour, summarise
 from curvlib.evaluate.generate import Model
@@ -28,7 +27,7 @@ from curvlib.tiers import Tier
 
 PARTS = ("harmful", "edgy", "task")
 NEW_TOKENS = 24  # a refusal or an agreement is said by then
-INSTRUMENT = ("behaviour", "coherence", "generate", "judge", "likelihood", "utility")  # what the numbers depend on
+INSTRUMENT = ("behaviour", "coherence", "generate", "judge", "likelihood", "utility")  # files that scores depend on
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,8 @@ def stage_scorecard(
 
 def _measured(tier: Tier, key: Mapping[str, Any], part: str, model: Callable[[], Model]) -> dict[str, Any]:
     size = {"harmful": tier.test_harmful, "edgy": tier.test_edgy, "task": tier.test_task}[part]
-    config = {"key": dict(key), "part": part, "size": size, "tokens": NEW_TOKENS, "instrument": _instrument()}
+    instrument = code_digest(Path(__file__).with_name(f"{name}.py") for name in INSTRUMENT)
+    config = {"key": dict(key), "part": part, "size": size, "tokens": NEW_TOKENS, "instrument": instrument}
 
     def build(place: Path) -> None:
         begin = time.perf_counter()
@@ -116,10 +116,3 @@ def _measure(tier: Tier, model: Model, part: str, rows: Sequence[data.Example]) 
 
 def _behaviour(row: dict[str, Any] | None) -> Behaviour | None:
     return summarise(row["verdicts"], row["excerpts"]) if row else None
-
-
-@cache
-def _instrument() -> str:
-    """Return a digest of the measuring code: scores of another judge are measured again."""
-    files = (Path(__file__).with_name(f"{name}.py") for name in INSTRUMENT)
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]

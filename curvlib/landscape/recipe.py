@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from curvlib import data, models, stages
-from curvlib.artifacts import artifact
+from curvlib.artifacts import artifact, code_digest
 from curvlib.batches import Example, encode
 from curvlib.curvature.forward import flat_gradient
 from curvlib.curvature.ggn import GGNOperator
@@ -230,10 +230,10 @@ def _key(tier: Tier) -> dict[str, Any]:
     """Return what every measurement depends on: the aligned model, the chats and the code that measures."""
     source = stages.aligned_source(tier)
     shown = packed_chats(tier)
-    code = b"".join(Path(str(module.__file__)).read_bytes() for module in (directions, packing, slices))
+    code = (Path(str(module.__file__)) for module in (directions, packing, slices))
     tokens = repr((shown.input_ids.tolist(), shown.targets.tolist(), shown.names))
     return {
         "aligned": Path(source).parent.name or source,
         "chats": hashlib.sha256(tokens.encode()).hexdigest()[:12],
-        "code": hashlib.sha256(code).hexdigest()[:12],
+        "code": code_digest(code),
     }

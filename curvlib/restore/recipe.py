@@ -10,8 +10,8 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from curvlib import models, stages
-from curvlib.artifacts import artifact
+from curvlib import curvature, models, stages
+from curvlib.artifacts import artifact, code_digest
 from curvlib.batches import Batch, Example, make_batches, taken_apart
 from curvlib.restore.loop import restore
 from curvlib.restore.objectives import SafetyBatches
@@ -84,6 +84,7 @@ def restored(tier: Tier, recipe: FineTune, how: Restoration) -> Path:
     chats = restoration_chats(tier, models.load_tokenizer(stages.aligned_source(tier)))
     config = {"fine_tuned": stages.fine_tuned(tier, recipe).parent.name, **asdict(how), "seed": recipe.seed}
     config["texts"] = stages.digest(taken_apart(chats.batches))
+    config["code"] = code_digest([*Path(__file__).parent.glob("*.py"), *Path(curvature.__file__).parent.rglob("*.py")])
 
     def build(place: Path) -> None:
         model: Any = stages.load_fine_tuned(tier, recipe)

@@ -56,7 +56,8 @@ def weighted_return(
     """Move the adapter of a fine-tuned ``model`` part of the way back to its aligned base, in place.
 
     The strength c is chosen on the held-out chats: of all ``strengths``, the one of least refusal loss among those that
-    raise no protected loss by more than ``budget.rise``. If none improves, the adapter stays as it was.
+    raise no protected loss by more than ``budget.rise``; the first that does ends the search. If none improves, the
+    adapter stays as it was.
 
     Args:
         model: an aligned model under a LoRA adapter; only its factors B move.
@@ -68,7 +69,7 @@ def weighted_return(
             former as preconditioner), or ``identity``, which scales the adapter.
         budget: its ``rise``, ``damping`` and ``products`` are used.
         seed: of the sampled labels.
-        strengths: candidates for c.
+        strengths: candidates for c, ascending.
 
     Cost: the curvature of both sets once; for each c one solve and a forward pass of the held-out chats.
 
@@ -90,7 +91,9 @@ def weighted_return(
             found = way.solve(strength, budget.products)
             products += found.products
             with shifted(parameters, found.solution):
-                judge.measure(trust=strength, norm=float(found.solution.norm()))
+                record = judge.measure(trust=strength, norm=float(found.solution.norm()))
+            if not judge.passes(record, budget.rise):  # a stronger return pays more still
+                break
         chosen = best(judge, judge.trials[1:], budget.rise)
         if chosen:
             steps.append(chosen)

@@ -1,0 +1,51 @@
+r"""The gradient of every single chat over linear layers' parameters, from one backward pass a batch.
+
+A linear map :math:`z_t = W a_t` contributes :math:`\sum_t g_t a_t^\top` to the gradient of one chat, with :math:`g_t`
+the gradient at its output. Hooks collect a and g, and one product a map gives the gradients of all chats of a batch.
+Source: Goodfellow 2015, "Efficient per-example gradient computations", arXiv 1510.01799.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from curvlib.batches import Batch
+from curvlib.curvature.kfac import Fisher, flat_places, homogeneous, linear_maps, trains_bias, visit_maps
+from curvlib.parameters import trainable
+
+
+def chat_gradients(
+    model: nn.Module, batch: Batch, *, fisher: Fisher = "empirical", labels: torch.Generator | None = None
+) -> Tensor:
+    """Return the gradient of each chat's loss, summed over its answer tokens, (B, P), in float32 at least.
+
+    Args:
+        model: a causal language model whose trainable parameters are LoRA's, or those of linear layers.
+        batch: chats.
+        fisher: ``empirical`` differentiates the given answers, ``sampled`` answers drawn from the model's predictions.
+        labels: draws them.
+
+    Cost: one gradient of the batch; memory B × P numbers.
+
+    Raises:
+        CurvlibError: a trainable parameter is not the weight or bias of one linear map, or takes no part in the loss.
+    """
+    maps, places = linear_maps(model), flat_places(model)
+    parameters = trainable(model).values()
+    first = next(iter(parameters))
+    size = sum(parameter.numel() for parameter in parameters)
+    rows = torch.zeros(len(batch), size, device=first.device, dtype=torch.promote_types(first.dtype, torch.float32))
+
+    def visit(name: str, a: Tensor, g: Tensor, _: Tensor) -> None:
+        layer = maps[name]
+        found = g.mT @ homogeneous(layer, a)
+        pieces = [(layer.weight, found[..., : layer.in_features])]
+        if trains_bias(layer):
+            pieces.append((layer.bias, found[..., -1]))
+        for parameter, piece in pieces:
+            start = places[id(parameter)]
+            rows[:, start : start + parameter.numel()] = piece.flatten(1)
+
+    visit_maps(model, batch, maps, visit, fisher, labels or torch.Generator(first.device))
+    return rows

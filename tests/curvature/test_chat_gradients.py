@@ -1,0 +1,30 @@
+"""Gradients of single chats from one pass against one backward pass for each chat."""
+
+from __future__ import annotations
+
+import torch
+
+from curvlib.batches import answer_loss
+from curvlib.curvature.chat_gradients import chat_gradients
+from curvlib.curvature.forward import flat_gradient
+from curvlib.parameters import trainable
+from tests import cases
+
+
+def test_each_row_is_the_gradient_of_one_chat() -> None:
+    model, batches = cases.pair()[0], cases.batches(3)
+    for batch in batches:
+        rows = chat_gradients(model, batch)
+        for number, row in enumerate(rows):
+            chat = batch.rows(number, number + 1)
+            alone = flat_gradient(answer_loss(model, chat) * chat.tokens, list(trainable(model).values()))
+            assert cases.relative_error(row, alone) < 1e-5
+
+
+def test_sampled_answers_change_with_their_generator_alone() -> None:
+    model, batch = cases.pair()[0], cases.batches(2)[0]
+    drawn = [
+        chat_gradients(model, batch, fisher="sampled", labels=torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)
+    ]
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
