@@ -97,7 +97,7 @@ def test_no_more_than_eight_words_of_an_answer_are_kept(bench: Bench, tmp_path: 
 
 def test_another_judge_measures_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.score("a", ["edgy"])
-    monkeypatch.setattr(module, "_instrument", lambda: "another")
+    monkeypatch.setattr(module, "INSTRUMENT", ("judge",))
     bench.score("a", ["edgy"])
     assert len(bench.prompts) == 2
 
