@@ -67,9 +67,9 @@ _CPU = Tier(
     validation=24,
     restore_chats=32,
     curvature_chats=16,
-    landscape_points=9,
+    landscape_points=7,
     landscape_pairs=3,
-    landscape_chats=5,
+    landscape_chats=4,
     landscape_products=10,
 )
 
@@ -102,7 +102,7 @@ _TIERS = {
             "curvature_chats": 8,
             "landscape_points": 5,
             "landscape_pairs": 2,
-            "landscape_chats": 3,
+            "landscape_chats": 2,
             "landscape_products": 4,
         }
     ),
