@@ -78,7 +78,7 @@ def ekfac(
     bases = {name: (left[name][0], right[name][0]) for name in maps}
     if corrected:
         values = _correction(model, batches, maps, bases, fisher, labels)
-    places = _places(model)
+    places = flat_places(model)
     blocks = tuple(
         Block(name, places[id(linear.weight)], places.get(id(linear.bias)), *bases[name], values[name])
         for name, linear in maps.items()
@@ -99,7 +99,8 @@ def linear_maps(model: nn.Module) -> dict[str, nn.Linear]:
     return maps
 
 
-def _places(model: nn.Module) -> dict[int, int]:
+def flat_places(model: nn.Module) -> dict[int, int]:
+    """Return id -> start in the flat vector for every trainable parameter."""
     places, start = {}, 0
     for parameter in trainable(model).values():
         places[id(parameter)] = start
@@ -128,7 +129,7 @@ def _factors(
         outputs[name] = outputs.get(name, 0) + rows.mT @ rows
 
     for batch in batches:
-        _backward(model, batch, maps, visit, fisher, labels)
+        visit_maps(model, batch, maps, visit, fisher, labels)
         readers.clear()
     tokens = sum(batch.tokens for batch in batches)
     for name, factor in inputs.items():
@@ -156,12 +157,12 @@ def _correction(
         values[name] = values.get(name, 0) + left.pool(right.pool(squares).mT).mT
 
     for batch in batches:
-        _backward(model, batch, maps, visit, fisher, labels)
+        visit_maps(model, batch, maps, visit, fisher, labels)
     tokens = sum(batch.tokens for batch in batches)
     return {name: value / tokens for name, value in values.items()}
 
 
-def _backward(
+def visit_maps(
     model: nn.Module, batch: Batch, maps: dict[str, nn.Linear], visit: Visit, fisher: Fisher, labels: torch.Generator
 ) -> None:
     """Call ``visit(name, inputs, output gradients, counted)`` for each map; the loss is summed over answer tokens."""
