@@ -59,13 +59,15 @@ MAIN = tuple(Method(name) for name in ("fisher", *BASELINES))
 
 @dataclass(frozen=True)
 class Scores:
-    """Influence on the compliance queries, (m, n), or (1, n) on their mean, and what it cost.
+    r"""Influence on the compliance queries, (m, n), or (1, n) on their mean, and what it cost.
 
     ``costs`` holds seconds, products and λ; the seconds leave out the chats' gradients, which all methods share.
+    ``direction`` is the mean query's :math:`(H + \lambda I)^{-1} \nabla f`, (P,), kept for the main inverse alone.
     """
 
     values: Tensor
     costs: dict[str, float]
+    direction: Tensor | None = None
 
     @property
     def suspicion(self) -> Tensor:
@@ -124,13 +126,16 @@ def scores(tier: Tier, recipe: FineTune, methods: Sequence[Method] = MAIN) -> di
         work = _Work(model, examples, asked, rows, query_gradients(model, asked), seen, recipe.seed)
         found = {method.label: work.score(method) for method in methods}
         shutil.rmtree(store)  # a gigabyte at full size, and the scores are what is wanted
-        save_file({label: values.contiguous() for label, (values, _) in found.items()}, place / "scores.safetensors")
-        costs = {label: cost for label, (_, cost) in found.items()}
+        tensors = {label: scored.values.contiguous() for label, scored in found.items()}
+        kept = {f"{label}/direction": s.direction for label, s in found.items() if s.direction is not None}
+        save_file({**tensors, **kept}, place / "scores.safetensors")
+        costs = {label: scored.costs for label, scored in found.items()}
         (place / "costs.json").write_text(json.dumps(costs, indent=1), "utf-8")
 
     folder = artifact("influence-scores", config, build)
     values, costs = load_file(folder / "scores.safetensors"), json.loads((folder / "costs.json").read_text("utf-8"))
-    return {method.label: Scores(values[method.label], costs[method.label]) for method in methods}
+    labels = [method.label for method in methods]
+    return {label: Scores(values[label], costs[label], values.get(f"{label}/direction")) for label in labels}
 
 
 @dataclass(frozen=True)
@@ -145,10 +150,10 @@ class _Work:
     seen: list[Example]
     seed: int
 
-    def score(self, method: Method) -> tuple[Tensor, dict[str, float]]:
+    def score(self, method: Method) -> Scores:
         """Return one method's scores and its cost."""
         begin = time.perf_counter()
-        products, damping = 0, 0.0
+        products, damping, direction = 0, 0.0, None
         if method.name in BASELINES:
             values = self._baseline(method.name)
         else:
@@ -159,9 +164,11 @@ class _Work:
             wanted = self.wanted if method.name in DIRECT else self.wanted.mean(dim=0, keepdim=True)
             found = [inverse.solve(query) for query in wanted]
             products = sum(solution.products for solution in found)
-            values = -self.rows.dot(torch.stack([solution.solution for solution in found]))
+            solutions = torch.stack([solution.solution for solution in found])
+            values = -self.rows.dot(solutions)
+            direction = solutions.mean(dim=0).cpu() if method == MAIN[0] else None
         spent = {"seconds": time.perf_counter() - begin, "products": products, "damping": damping}
-        return values.float().cpu(), spent
+        return Scores(values.float().cpu(), spent, direction)
 
     def _baseline(self, name: str) -> Tensor:
         m, n = len(self.asked), len(self.examples)

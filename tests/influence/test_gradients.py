@@ -1,4 +1,4 @@
-"""Gradients of single chats: equal to one backward pass a chat, in memory and on disk, and refused where they must be."""
+"""Gradients of single chats: equal to one backward pass a chat, in memory and on disk; nonsense is refused."""
 
 from __future__ import annotations
 

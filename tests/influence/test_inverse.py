@@ -1,4 +1,4 @@
-"""Inverses: each undoes its damped curvature, the damping follows its rule, and the displacement is the restoration step."""
+"""Inverses: each undoes its damped curvature, the damping follows its rule, the displacement is the restoration step."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CASE = toy(chats=8, poison=2, queries=2)
 CHATS = make_batches(CASE.examples, 8, pad_id=0)
 SIZE = sum(parameter.numel() for parameter in trainable(CASE.model).values())
 B = cases.random(SIZE, dtype=torch.float32)
-DAMPING = 2.0
+DAMPING = 5.0
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -42,7 +42,7 @@ def test_an_inverse_undoes_its_damped_curvature(name: str) -> None:
 def test_damping_follows_the_rule_and_is_the_same_for_all() -> None:
     rows = sampled_fisher(CASE.model, CHATS, samples=1).rows
     expected = RULE * float(rows.square().sum()) / len(CASE.examples)
-    for name in set(METHODS) - {"identity"}:
+    for name in ("fisher", "ekfac", "cg"):
         assert build_inverse(name, CASE.model, CASE.examples).damping == pytest.approx(expected, rel=1e-5)
     assert build_inverse("ekfac", CASE.model, CASE.examples, factor=1.0).damping == pytest.approx(10 * expected)
 

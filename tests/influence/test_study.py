@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,7 @@ def card(complies: int) -> Scorecard:
 
 
 @pytest.fixture
-def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tier]:
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tier:
     """Stages and chats are tiny ones, in a cache of their own."""
     monkeypatch.setenv("CURVLIB_CACHE", str(tmp_path))
     monkeypatch.setattr(stages, "load_aligned", lambda _: (aligned(), None))
@@ -53,7 +52,7 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tier]:
     monkeypatch.setattr(recipe, "queries", lambda _: asked)
     monkeypatch.setattr(study, "stage_scorecard", lambda _, how: card(3 if how.poison else 1))
     monkeypatch.setattr(study, "scorecard", lambda *_: card(1))
-    yield TIER
+    return TIER
 
 
 def test_scores_are_made_once_and_leave_no_gradients(tiny: Tier, tmp_path: Path, monkeypatch: Any) -> None:
