@@ -1,4 +1,4 @@
-"""Inverses: each undoes its damped curvature, the damping follows its rule, the displacement is the restoration step."""
+"""Inverses: each undoes its damped curvature, damping follows its rule, the displacement is the restoration step."""
 
 from __future__ import annotations
 
