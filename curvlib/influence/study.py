@@ -56,13 +56,19 @@ def convex_rows(seeds: Sequence[int] = SEEDS) -> list[Row]:
     return rows
 
 
-def ridge_case(seed: int) -> tuple[Tensor, Tensor]:
-    """Return the exact and the predicted effects (8, 40) of 40 random points in five dimensions on eight queries."""
+def ridge_case(seed: int, points: int = 100) -> tuple[Tensor, Tensor]:
+    """Return the exact and the predicted effects (8, points) of random points in five dimensions on eight queries.
+
+    The queries' targets are as noisy as the points'. A query that the fit meets by chance has no gradient, and then the
+    first order says nothing: with 40 points one such query of eight took the mean rank correlation to 0.85.
+    """
     generator = torch.Generator().manual_seed(seed)
-    x, queries = (torch.randn(rows, 5, generator=generator, dtype=torch.float64) for rows in (40, 8))
+    x, queries = (torch.randn(rows, 5, generator=generator, dtype=torch.float64) for rows in (points, 8))
     truth = torch.randn(5, generator=generator, dtype=torch.float64)
-    y = x @ truth + torch.randn(40, generator=generator, dtype=torch.float64)
-    return validate.ridge_leave_one_out(x, y, queries, queries @ truth, ridge=0.1)
+    y, targets = (
+        inputs @ truth + torch.randn(len(inputs), generator=generator, dtype=torch.float64) for inputs in (x, queries)
+    )
+    return validate.ridge_leave_one_out(x, y, queries, targets, ridge=0.1)
 
 
 def transformer_rows(seeds: Sequence[int] = SEEDS) -> list[Row]:
