@@ -109,7 +109,7 @@ def test_the_study_runs_and_claims_what_its_rows_say(tiny: Tier, monkeypatch: py
     assert by["loo_spearman_convex"].holds
     assert by["removal_compliance_gap_points"].value == 0  # the stand-ins comply as often as the clean one
     scored = [row for row in rows if row["part"] == "datamodeling"]
-    assert all(-1 <= row["lds_low"] <= row["lds_value"] <= row["lds_high"] <= 1 for row in scored)
+    assert all(-1.001 <= row["lds_low"] <= row["lds_high"] <= 1.001 and abs(row["lds_value"]) < 1.001 for row in scored)
     assert {"random", "embedding", "cg", "fisher"} <= {row["label"] for row in scored}
     benign = [row for row in rows if row["part"] == "removal" and row["poison"] == 0]
     assert "clean fine-tune" not in {row["removed"] for row in benign}
