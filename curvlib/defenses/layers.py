@@ -49,6 +49,11 @@ def added(chain: Chain, factor: float = 1.0) -> Around:
     return around
 
 
+def instead(function: Below) -> Around:
+    """Return the patch that computes ``function(x)`` in the layer's place."""
+    return lambda x, _: function(x)
+
+
 def scaled(factor: float) -> Around:
     """Return the patch that multiplies a layer's output."""
     return lambda x, below: factor * below(x)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from curvlib.batches import Batch, taken_apart
-from curvlib.defenses.layers import patch
+from curvlib.defenses.layers import instead, patch
 from curvlib.defenses.method import Defended, Method, Setting
 from curvlib.defenses.quantiser import QuantisedLinear
 from curvlib.evaluate.behaviour import reference_model
@@ -131,7 +131,7 @@ def quantise(model: PeftModel, bits: int, input_bits: int | None = None) -> dict
         if hasattr(layer, "lora_B"):
             base: Any = layer.base_layer
             twins[name] = QuantisedLinear(effective_weight(layer), base.bias, bits, input_bits)
-    patch(model, {name: lambda x, below, twin=twin: twin(x) for name, twin in twins.items()})
+    patch(model, {name: instead(twin) for name, twin in twins.items()})
     return twins
 
 

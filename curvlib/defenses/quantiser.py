@@ -32,7 +32,8 @@ def fake_quantise(values: Tensor, bits: int, clip: Tensor | float = 1.0) -> Tens
     top = 2 ** (bits - 1) - 1
     step = (clip * values.abs().amax(-1, keepdim=True) / top).clamp(min=torch.finfo(values.dtype).tiny)
     exact = values / step
-    return (exact + (exact.round() - exact).detach()).clamp(-top, top) * step
+    rounded: Tensor = exact + (exact.round() - exact).detach()
+    return rounded.clamp(-top, top) * step
 
 
 class QuantisedLinear(nn.Module):

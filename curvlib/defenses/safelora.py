@@ -24,7 +24,8 @@ def projector(v: Tensor) -> Tensor:
     tensor([[2., 0.],
             [0., 0.]])
     """
-    return v @ v.T / v.norm()
+    product: Tensor = v @ v.T
+    return product / v.norm()
 
 
 def cosine(left: Tensor, right: Tensor, c: Tensor) -> float:
