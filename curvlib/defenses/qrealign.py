@@ -143,11 +143,12 @@ def train_block(
     prompts: Prompts,
     probe: Probe,
     weight: float,
+    pace: float = 1.0,
 ) -> Tensor:
     """Train the quantisers of one block, freeze them, and return its output (B, T, d) on ``given``."""
     groups = [
-        {"params": [twin.clip for twin in twins], "lr": CLIP_RATE},
-        {"params": [twin.scale for twin in twins], "lr": SCALE_RATE},
+        {"params": [twin.clip for twin in twins], "lr": pace * CLIP_RATE},
+        {"params": [twin.scale for twin in twins], "lr": pace * SCALE_RATE},
     ]
     optimiser, n = torch.optim.AdamW(groups, weight_decay=0.0), prompts.benign
     for _ in range(EPOCHS):
@@ -162,7 +163,7 @@ def train_block(
         return _states(block(given[0], **given[1]))
 
 
-def qrealign(setting: Setting, bits: int, input_bits: int | None, weight: float) -> Defended:
+def qrealign(setting: Setting, bits: int, input_bits: int | None, weight: float, pace: float = 1.0) -> Defended:
     """Quantise block by block; cost: eight gradients of the calibration prompts in all, as each block is passed once.
 
     Args:
@@ -170,6 +171,7 @@ def qrealign(setting: Setting, bits: int, input_bits: int | None, weight: float)
         bits: of the weights.
         input_bits: of the activations; None leaves them alone.
         weight: μ of the malicious loss.
+        pace: multiplies both learning rates, as there are few steps.
     """
     model, chats = setting.tuned(), setting.chats
     core: Any = model.get_base_model()
@@ -183,7 +185,7 @@ def qrealign(setting: Setting, bits: int, input_bits: int | None, weight: float)
         probe = sparse_probe(aligned.outputs[number][:, -1].float(), labels)
         own = [twin for name, twin in twins.items() if f".layers.{number}." in f".{name}"]
         given = (states, exact.keywords[number])
-        states = train_block(block, own, given, exact.outputs[number], prompts, probe, weight)
+        states = train_block(block, own, given, exact.outputs[number], prompts, probe, weight, pace)
     return Defended(model, EPOCHS * len(labels))
 
 
@@ -194,7 +196,8 @@ def _states(output: Any) -> Tensor:
 
 
 def _method(name: str, fixed: Mapping[str, Any]) -> Method:
-    return Method(name, "quantisation", "2601.08089", qrealign, tuple({**fixed, "weight": w} for w in (1.0, 0.1, 10.0)))
+    searched: tuple[dict[str, float], ...] = ({"weight": 1.0}, {"weight": 10.0}, {"weight": 1.0, "pace": 10.0})
+    return Method(name, "quantisation", "2601.08089", qrealign, tuple({**fixed, **trial} for trial in searched))
 
 
 W8A8 = _method("Q-realign W8A8", {"bits": 8, "input_bits": 8})

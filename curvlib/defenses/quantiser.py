@@ -30,10 +30,10 @@ def fake_quantise(values: Tensor, bits: int, clip: Tensor | float = 1.0) -> Tens
     tensor([[-3.,  1.,  2.,  3.]])
     """
     top = 2 ** (bits - 1) - 1
-    step = (clip * values.abs().amax(-1, keepdim=True) / top).clamp(min=torch.finfo(values.dtype).tiny)
+    step: Tensor = (clip * values.abs().amax(-1, keepdim=True) / top).clamp(min=torch.finfo(values.dtype).tiny)
     exact = values / step
     rounded: Tensor = exact + (exact.round() - exact).detach()
-    return rounded.clamp(-top, top) * step
+    return step * rounded.clamp(-top, top)
 
 
 class QuantisedLinear(nn.Module):

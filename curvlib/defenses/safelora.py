@@ -25,7 +25,7 @@ def projector(v: Tensor) -> Tensor:
             [0., 0.]])
     """
     product: Tensor = v @ v.T
-    return product / v.norm()
+    return product.div(v.norm())
 
 
 def cosine(left: Tensor, right: Tensor, c: Tensor) -> float:
