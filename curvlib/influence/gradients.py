@@ -1,8 +1,6 @@
 r"""The gradient of every single chat, from one backward pass a batch, in memory or on disk.
 
-A linear map :math:`z_t = W a_t` contributes :math:`\sum_t g_t a_t^\top` to the gradient of one chat, with :math:`g_t`
-the gradient at its output. Hooks collect a and g, one product a map gives the gradients of all chats of a batch, and no
-weight of the 4-bit base is kept (see :mod:`curvlib.nf4`).
+See :mod:`curvlib.curvature.chat_gradients`; no weight of the 4-bit base is kept (see :mod:`curvlib.nf4`).
 """
 
 from __future__ import annotations
@@ -17,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from curvlib.batches import IGNORED, Batch, Example, make_batches
+from curvlib.curvature.chat_gradients import chat_gradients
 from curvlib.curvature.forward import flat_gradient
-from curvlib.curvature.kfac import flat_places, homogeneous, linear_maps, trains_bias, visit_maps
 from curvlib.errors import CurvlibError
 from curvlib.parameters import trainable
 from curvlib.progress import bar
@@ -106,7 +104,7 @@ def example_gradients(
     for number, (index, batch) in enumerate(bar(parts, desc="gradients")):
         file = folder / f"gradients-{number:04}.safetensors" if folder else None
         if file is None or not file.exists():
-            rows = _batch_gradients(model, batch, size)
+            rows = chat_gradients(model, batch)
             rows /= batch.labels.ne(IGNORED).sum(1, keepdim=True).to(rows) if own_mean else total
             shard = torch.tensor(index), rows
             if file:
@@ -146,25 +144,6 @@ def check_examples(model: nn.Module, examples: Sequence[Example], what: str) -> 
             f"number {longest} of the {what} has {length} tokens, more than the model's context of {limit}: "
             "encode it with a smaller max_length"
         )
-
-
-def _batch_gradients(model: nn.Module, batch: Batch, size: int) -> Tensor:
-    """Return the gradient of each chat's summed loss, (B, P)."""
-    maps, places = linear_maps(model), flat_places(model)
-    first = next(iter(maps.values())).weight
-    rows = first.new_zeros(len(batch), size)
-
-    def visit(name: str, a: Tensor, g: Tensor, _: Tensor) -> None:
-        layer = maps[name]
-        found = g.mT @ homogeneous(layer, a)
-        weight, bias = (found[..., :-1], found[..., -1]) if trains_bias(layer) else (found, None)
-        for parameter, piece in ((layer.weight, weight), (layer.bias, bias)):
-            if piece is not None:
-                start = places[id(parameter)]
-                rows[:, start : start + parameter.numel()] = piece.reshape(len(batch), -1)
-
-    visit_maps(model, batch, maps, visit, "empirical", torch.Generator(first.device))
-    return rows
 
 
 def _answer_tokens(example: Example) -> int:
