@@ -26,7 +26,7 @@ def pareto(rows: Sequence[Mapping[str, Any]], ours: str) -> Figure:
         for number, row in enumerate(rows, 1):
             colour, marker = STAGES[row["stage"]]
             point = 100 * row[rate], 100 * row["harmful_compliance"]
-            bars = {
+            bars: dict[str, Any] = {
                 f"{end}err": [
                     [max(0.0, 100 * (row[name] - row[f"{name}_low"]))],
                     [max(0.0, 100 * (row[f"{name}_high"] - row[name]))],

@@ -1,4 +1,4 @@
-"""The protocol on a tiny model: a cell is measured once, trials are judged on validation, and only the best is tested."""
+"""The protocol on a tiny model: a cell is measured once, trials meet validation, and only the best is tested."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FIRST = LINEAR.trials[0]
 
 
 @pytest.fixture
-def splits(tiny: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:  # noqa: F811
+def splits(tiny: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:  # noqa: ARG001, F811
     """Tiny splits; the names of those that were read."""
     read: list[str] = []
 
