@@ -22,8 +22,6 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 EXPECTED: dict[str, dict[str, dict[str, Any]]] = tomllib.loads((ROOT / "tests/expected/ci.toml").read_text())
 PENDING = {
     "02_landscape_geometry",
-    "03_influence_functions",
-    "05_methods_compared",
     "09_report",
 }  # lessons whose outputs of a tier-cpu run are not kept yet
 DEFAULTS = {"tier": "cpu", "seed": 0, "output_dir": ""}
