@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     _add_restore(commands)
 
     study = commands.add_parser("study", help="run a study and write data/studies/NAME.json")
-    study.add_argument("name", metavar="NAME", help="landscape")
+    study.add_argument("name", metavar="NAME", help="influence, landscape or methods")
     study.add_argument("--tier", default="cpu", help="ci, cpu (default) or gpu")
     study.set_defaults(command=_study)
     return top

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from curvlib.cache import cache_dir, locked, publish, workspace
 from curvlib.errors import CurvlibError
+from curvlib.progress import say
 
 ATTEMPTS = 2  # a dropped connection is common; a second failure is not bad luck
 
@@ -104,7 +105,7 @@ def fetch(name: str) -> Path:
         if intact(final, wheel):  # another process was faster
             return final
         if damaged:
-            print(f"{final} is damaged and is fetched again", file=sys.stderr)
+            say(f"{final} is damaged and is fetched again")
         try:
             publish(download(wheel, folder), final)
         except CurvlibError as error:

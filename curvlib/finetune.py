@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,6 +79,8 @@ def train(
     pad_id: int,
     checkpoint: Path | None = None,
     label: str = "train",
+    on_gradient: Callable[[], None] | None = None,
+    on_step: Callable[[], None] | None = None,
 ) -> TrainingResult:
     """Minimise the mean negative log-likelihood of the answers over the model's trainable parameters, by AdamW.
 
@@ -90,6 +92,8 @@ def train(
         checkpoint: file that holds the state every few steps; a killed run resumes from it and ends at the same
             parameters as one that was not killed. It is removed at the end.
         label: name on the progress bar.
+        on_gradient: called when the gradients are in place and not clipped yet; it may change them.
+        on_step: called after each step. A run with either cannot be resumed: leave ``checkpoint`` out.
 
     Raises:
         CurvlibError: the loss is not finite, or the checkpoint belongs to other parameters.
@@ -107,7 +111,9 @@ def train(
     for step in bar(range(first, config.steps), desc=label, initial=first, total=config.steps):
         for group in optimiser.param_groups:
             group["lr"] = config.rate(step)
-        losses.append(_step(model, next(stream), optimiser, config.max_gradient_norm))
+        losses.append(_step(model, next(stream), optimiser, config.max_gradient_norm, on_gradient))
+        if on_step:
+            on_step()
         if checkpoint and (step + 1) % CHECKPOINT_EVERY == 0:
             _save(optimiser, parameters, losses, checkpoint)
     model.train(was_training)
@@ -116,11 +122,19 @@ def train(
     return TrainingResult(tuple(losses), config.steps - first, time.perf_counter() - begin)
 
 
-def _step(model: nn.Module, batch: Batch, optimiser: torch.optim.Optimizer, max_norm: float) -> float:
+def _step(
+    model: nn.Module,
+    batch: Batch,
+    optimiser: torch.optim.Optimizer,
+    max_norm: float,
+    on_gradient: Callable[[], None] | None = None,
+) -> float:
     loss = answer_loss(model, batch)
     if not torch.isfinite(loss):
         raise CurvlibError(f"the training loss is {loss.item()}: lower the learning rate")
     loss.backward()
+    if on_gradient:
+        on_gradient()
     parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
     nn.utils.clip_grad_norm_(parameters, max_norm)
     optimiser.step()

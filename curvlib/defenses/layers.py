@@ -1,0 +1,69 @@
+"""Reach into adapted linear layers: read and write their factors, or put a function around them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from curvlib.errors import CurvlibError
+from curvlib.landscape.directions import Chain, linear_layers
+
+Below = Callable[[Tensor], Tensor]  # what the layer did before
+Around = Callable[[Tensor, Below], Tensor]  # (input, below) -> output
+
+
+def patch(model: PeftModel, around: Mapping[str, Around]) -> None:
+    """Let each named layer compute ``around(x, below)``, for good; patches stack.
+
+    With the adapter switched off a layer does what it did unpatched, so the aligned model stays reachable.
+
+    Raises:
+        CurvlibError: the model has no adapted layer of that name.
+    """
+    layers: dict[str, Any] = linear_layers(model)
+    for name, function in around.items():
+        if not hasattr(layers.get(name), "lora_B"):
+            raise CurvlibError(f"the model has no adapted layer {name!r}: adapt all linear layers")
+        layers[name].forward = partial(_patched, layers[name], function, layers[name].forward)
+
+
+def _patched(layer: Any, function: Around, below: Below, x: Tensor, *_: Any, **__: Any) -> Tensor:
+    return below(x) if layer.disable_adapters else function(x, below)
+
+
+def added(chain: Chain, factor: float = 1.0) -> Around:
+    r"""Return the patch that adds ``factor`` · :math:`x\,\Delta W^\top` for a ΔW given as one or two matrices."""
+
+    def around(x: Tensor, below: Below) -> Tensor:
+        moved = x.to(chain[0].dtype)
+        for matrix in reversed(chain):
+            moved = moved @ matrix.T
+        y = below(x)
+        return y + factor * moved.to(y)
+
+    return around
+
+
+def instead(function: Below) -> Around:
+    """Return the patch that computes ``function(x)`` in the layer's place."""
+    return lambda x, _: function(x)
+
+
+def scaled(factor: float) -> Around:
+    """Return the patch that multiplies a layer's output."""
+    return lambda x, below: factor * below(x)
+
+
+@torch.no_grad()
+def multiply_adapter(model: PeftModel, factor: Callable[[str], float | Tensor]) -> None:
+    r"""Multiply each layer's :math:`\Delta W = s\,BA` by ``factor(name)`` from the left: a number or (out, out)."""
+    layer: Any
+    for name, layer in linear_layers(model).items():
+        if hasattr(layer, "lora_B"):
+            up, by = layer.lora_B[layer.active_adapters[0]].weight, factor(name)
+            up.copy_(by.to(up) @ up if isinstance(by, Tensor) else by * up)

@@ -1,0 +1,72 @@
+"""Gather what was claimed: every results.json over seeds and tiers, and every committed study."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from curvlib.report import ROOT, Claim, Record, load_record
+from curvlib.studies import STUDIES as RUNNABLE
+
+Group = tuple[str, str, str]  # notebook, tier, claim id
+STUDIES = ("degradation", "landscape", "influence", "restoration", "methods")
+
+
+def runs_folder(output_dir: str) -> Path:
+    """Return the folder of all runs: two above ``<runs>/<tier>/seed<seed>``, the folder itself if it is none of these.
+
+    >>> runs_folder("runs/ci/seed0").as_posix(), runs_folder("elsewhere").as_posix()
+    ('runs', 'elsewhere')
+    """
+    folder = Path(output_dir) if output_dir else ROOT / "runs"
+    return folder.parents[1] if folder.name.startswith("seed") else folder
+
+
+def load_records(folder: Path, but: str = "") -> list[Record]:
+    """Return every notebook's results below a folder, by notebook, tier and seed; the newest where one was run twice.
+
+    Args:
+        folder: of all runs.
+        but: name of a notebook that is left out.
+    """
+    files = sorted(folder.rglob("*.results.json"), key=lambda path: path.stat().st_mtime)
+    found = [load_record(path) for path in files]
+    newest = {(record.notebook, record.tier, record.seed): record for record in found if record.notebook != but}
+    return [newest[key] for key in sorted(newest)]
+
+
+def over_seeds(records: Iterable[Record]) -> dict[Group, list[Claim]]:
+    """Return the claims of all seeds under notebook, tier and id."""
+    found: dict[Group, list[Claim]] = {}
+    for record in records:
+        for claim in record.claims:
+            found.setdefault((record.notebook, record.tier, claim.id), []).append(claim)
+    return found
+
+
+def joined(claims: Sequence[Claim]) -> Claim:
+    """Return one claim for all seeds: mean value and control, hull of the intervals; it holds if it does at each."""
+    n = len(claims)
+    value, control = sum(claim.value for claim in claims) / n, sum(claim.control for claim in claims) / n
+    low, high = min(claim.low for claim in claims), max(claim.high for claim in claims)
+    holds = all(claim.holds for claim in claims)
+    return Claim(claims[0].id, claims[0].statement, value, low, high, control, claims[0].n, holds)
+
+
+def claims_table(found: Mapping[Group, Sequence[Claim]]) -> str:
+    """Return a Markdown table of claims, one line for each notebook, tier and id."""
+    heads = ("notebook", "tier", "claim", "value", "interval", "control", "seeds", "holds at")
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for (notebook, tier, name), claims in found.items():
+        one, held = joined(claims), sum(claim.holds for claim in claims)
+        numbers = (f"{one.value:.4g}", f"{one.low:.4g} to {one.high:.4g}", f"{one.control:.4g}", str(len(claims)))
+        lines.append("| " + " | ".join([notebook[:2], tier, f"`{name}`", *numbers, f"{held} of {len(claims)}"]) + " |")
+    return "\n".join(lines)
+
+
+def missing(folder: Path) -> list[str]:
+    """Return one line for each study whose file is not in the folder yet, with the command that makes it, if any."""
+    absent = [name for name in STUDIES if not (folder / f"{name}.json").exists()]
+    advice = {name: f"python -m curvlib study {name} makes it" for name in RUNNABLE}
+    other = "no command of this version makes it"
+    return [f"data/studies/{name}.json is not there yet: {advice.get(name, other)}" for name in absent]

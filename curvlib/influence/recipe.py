@@ -1,0 +1,251 @@
+"""Influence at a tier: the fine-tune that is asked about, the queries, scores and retrainings as cached stages."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from curvlib import models, stages
+from curvlib.artifacts import artifact
+from curvlib.batches import Example
+from curvlib.evaluate.behaviour import excerpt
+from curvlib.evaluate.likelihood import token_losses
+from curvlib.finetune import train
+from curvlib.influence import gradients as gradients_module
+from curvlib.influence import inverse as inverse_module
+from curvlib.influence import scores as scores_module
+from curvlib.influence.gradients import example_gradients, query_gradients
+from curvlib.influence.inverse import RULE, build_inverse
+from curvlib.stages import FineTune
+from curvlib.tiers import Tier
+
+DIRECT = ("fisher", "ekfac")  # inverses that serve every query at once
+ITERATIVE = ("cg", "lbfgs", "neumann")  # solved for the mean query alone
+BASELINES = ("dot product", "cosine", "gradient norm", "loss", "embedding", "random")
+PRODUCTS = 10  # most products of an iterative solve
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to score: an inverse by name with the factor of the damping rule, or a baseline."""
+
+    name: str
+    factor: float = RULE
+
+    @property
+    def label(self) -> str:
+        """Name for readers and files; the factor is told where it is not the rule's.
+
+        >>> Method("fisher").label, Method("ekfac", 1.0).label
+        ('fisher', 'ekfac, damping × 10')
+        """
+        return self.name if self.factor == RULE else f"{self.name}, damping × {self.factor / RULE:g}"
+
+
+MAIN = tuple(Method(name) for name in ("fisher", *BASELINES))
+
+
+@dataclass(frozen=True)
+class Scores:
+    r"""Influence on the compliance queries, (m, n), or (1, n) on their mean, and what it cost.
+
+    ``costs`` holds seconds, products and λ; the seconds leave out the chats' gradients, which all methods share.
+    ``direction`` is the mean query's :math:`(H + \lambda I)^{-1} \nabla f`, (P,), kept for the main inverse alone.
+    """
+
+    values: Tensor
+    costs: dict[str, float]
+    direction: Tensor | None = None
+
+    @property
+    def suspicion(self) -> Tensor:
+        """How much each chat lowered the mean loss of harmful compliance, (n,): high for poison."""
+        return -self.values.mean(dim=0)
+
+
+def training_set(tier: Tier, recipe: FineTune) -> tuple[list[Example], list[bool]]:
+    """Return the chats of a fine-tune and which of them are poisoned."""
+    examples = stages.fine_tuning_set(models.load_tokenizer(stages.aligned_source(tier)), tier, recipe)
+    poisoned = round(recipe.poison * tier.tune_examples)
+    return examples, [number >= len(examples) - poisoned for number in range(len(examples))]
+
+
+def queries(tier: Tier) -> dict[str, list[Example]]:
+    """Return the query chats by kind: ``compliance`` and ``refusal`` of the same harmful prompts, and ``task``."""
+    tokenizer = models.load_tokenizer(stages.aligned_source(tier))
+    return {
+        "compliance": stages.compliance_examples(tokenizer, "validation_harmful", tier.validation, questions=True),
+        "refusal": stages.refusal_examples(tokenizer, "validation_harmful", tier.validation),
+        "task": stages.task_examples(tokenizer, "validation_task", tier.validation),
+    }
+
+
+def prompt_excerpts(tier: Tier, examples: Sequence[Example]) -> list[str]:
+    """Return the first eight words of each chat's user message: the most that may be shown of a harmful one."""
+    tokenizer: Any = models.load_tokenizer(stages.aligned_source(tier))
+    empty = tokenizer.apply_chat_template([{"role": "user", "content": "@@"}], tokenize=False)
+    head, _, tail = empty.partition("@@")
+    texts = [tokenizer.decode(example.input_ids[: example.prompt_length]) for example in examples]
+    return [excerpt(text.removeprefix(head).partition(tail.strip())[0]) for text in texts]
+
+
+def scores(tier: Tier, recipe: FineTune, methods: Sequence[Method] = MAIN) -> dict[str, Scores]:
+    """Return label -> influence of every training chat on harmful compliance at the fine-tuned model, made once.
+
+    Cost: one gradient of all chats, written to disk meanwhile, and for each method its curvature (see
+    :func:`curvlib.influence.inverse.build_inverse`).
+    """
+    examples, _ = training_set(tier, recipe)
+    asked = queries(tier)["compliance"]
+    config = {
+        "fine_tuned": stages.fine_tuned(tier, recipe).parent.name,
+        "texts": stages.digest([*examples, *asked]),
+        "methods": [asdict(method) for method in methods],
+        "curvature": tier.influence_curvature,
+        "code": _code(),
+    }
+
+    def build(place: Path) -> None:
+        model = stages.load_fine_tuned(tier, recipe)
+        store = place / "gradients"
+        store.mkdir(exist_ok=True)
+        rows = example_gradients(model, examples, folder=store)
+        seen = examples[:: max(1, len(examples) // tier.influence_curvature)][: tier.influence_curvature]
+        work = _Work(model, examples, asked, rows, query_gradients(model, asked), seen, recipe.seed)
+        found = {method.label: work.score(method) for method in methods}
+        shutil.rmtree(store)  # a gigabyte at full size, and the scores are what is wanted
+        tensors = {label: scored.values.contiguous() for label, scored in found.items()}
+        kept = {f"{label}/direction": s.direction for label, s in found.items() if s.direction is not None}
+        save_file({**tensors, **kept}, place / "scores.safetensors")
+        costs = {label: scored.costs for label, scored in found.items()}
+        (place / "costs.json").write_text(json.dumps(costs, indent=1), "utf-8")
+
+    folder = artifact("influence-scores", config, build)
+    values, costs = load_file(folder / "scores.safetensors"), json.loads((folder / "costs.json").read_text("utf-8"))
+    labels = [method.label for method in methods]
+    return {label: Scores(values[label], costs[label], values.get(f"{label}/direction")) for label in labels}
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What every method is computed from."""
+
+    model: Any
+    examples: list[Example]
+    asked: list[Example]
+    rows: gradients_module.Gradients
+    wanted: Tensor
+    seen: list[Example]
+    seed: int
+
+    def score(self, method: Method) -> Scores:
+        """Return one method's scores and its cost."""
+        begin = time.perf_counter()
+        products, damping, direction = 0, 0.0, None
+        if method.name in BASELINES:
+            values = self._baseline(method.name)
+        else:
+            inverse = build_inverse(
+                method.name, self.model, self.seen, factor=method.factor, products=PRODUCTS, seed=self.seed
+            )
+            damping = inverse.damping
+            wanted = self.wanted if method.name in DIRECT else self.wanted.mean(dim=0, keepdim=True)
+            found = [inverse.solve(query) for query in wanted]
+            products = sum(solution.products for solution in found)
+            solutions = torch.stack([solution.solution for solution in found])
+            values = -self.rows.dot(solutions)
+            direction = solutions.mean(dim=0).cpu() if method == MAIN[0] else None
+        spent = {"seconds": time.perf_counter() - begin, "products": products, "damping": damping}
+        return Scores(values.float().cpu(), spent, direction)
+
+    def _baseline(self, name: str) -> Tensor:
+        m, n = len(self.asked), len(self.examples)
+        if name in ("dot product", "cosine"):
+            return (scores_module.dot_product if name == "dot product" else scores_module.cosine)(
+                self.rows, self.wanted
+            )
+        if name == "embedding":
+            return scores_module.embedding_similarity(self.model, self.examples, self.asked)
+        alike: dict[str, Callable[[], Tensor]] = {
+            "gradient norm": lambda: scores_module.gradient_norm(self.rows),
+            "loss": lambda: scores_module.loss_baseline(self.model, self.examples),
+            "random": lambda: torch.randn(n, generator=torch.Generator().manual_seed(self.seed)),
+        }
+        return alike[name]().expand(m, -1)
+
+
+def retrained(tier: Tier, recipe: FineTune, kept: Sequence[int], *, adapter: bool = True) -> Path:
+    """Return the folder of a fine-tune on the chats of these numbers alone: ``losses.json`` and perhaps ``model``.
+
+    The steps shrink with the set, so that each chat is seen as often as before. ``losses.json`` holds each query's mean
+    loss by kind.
+    """
+    examples, _ = training_set(tier, recipe)
+    asked = queries(tier)
+    chosen = [examples[number] for number in kept]
+    steps = max(1, round(tier.tune_steps * len(chosen) / len(examples)))
+    training = stages.tune_training(tier, recipe)
+    training = type(training)(**{**asdict(training), "steps": steps})
+    config = {
+        "base": Path(stages.aligned_source(tier)).parent.name or stages.aligned_source(tier),
+        "rank": recipe.rank,
+        "seed": recipe.seed,
+        "training": asdict(training),
+        "texts": stages.digest(chosen),
+        "queries": stages.digest([example for chats in asked.values() for example in chats]),
+        "adapter": adapter,
+    }
+
+    def build(place: Path) -> None:
+        base, tokenizer = stages.load_aligned(tier)
+        model = models.add_lora(base, rank=recipe.rank, seed=recipe.seed)
+        checkpoint = place / "training.safetensors"
+        label = f"fine-tune on {len(chosen)} of {len(examples)}"
+        train(model, chosen, training, pad_id=stages.pad_id(tokenizer), checkpoint=checkpoint, label=label)
+        losses = {kind: [float(loss.mean()) for loss in token_losses(model, chats, 8)] for kind, chats in asked.items()}
+        (place / "losses.json").write_text(json.dumps(losses), "utf-8")
+        if adapter:
+            model.save_pretrained(str(place / "model"))
+
+    return artifact("influence-run", config, build)
+
+
+def load_retrained(tier: Tier, recipe: FineTune, kept: Sequence[int]) -> PeftModel:
+    """Return the model of :func:`retrained`."""
+    return models.load_adapter(stages.load_aligned(tier)[0], retrained(tier, recipe, kept) / "model")
+
+
+def query_losses(tier: Tier, recipe: FineTune, kept: Sequence[int]) -> dict[str, list[float]]:
+    """Return each query's mean loss by kind after training on the chats of these numbers; the adapter is not kept."""
+    place = retrained(tier, recipe, kept, adapter=False)
+    found: dict[str, list[float]] = json.loads((place / "losses.json").read_text("utf-8"))
+    return found
+
+
+def without(count: int, removed: Sequence[int]) -> list[int]:
+    """Return the numbers below ``count`` that are not removed.
+
+    >>> without(4, [2, 0])
+    [1, 3]
+    """
+    gone = set(removed)
+    return [number for number in range(count) if number not in gone]
+
+
+@cache
+def _code() -> str:
+    """Return a digest of the code that scores: scores of older code are made again."""
+    sources = (gradients_module, inverse_module, scores_module)
+    return hashlib.sha256(b"".join(Path(str(m.__file__)).read_bytes() for m in sources)).hexdigest()[:12]

@@ -1,0 +1,230 @@
+"""The influence study: leave-one-out on toys, half-subset retrainings of the 4-bit model, poison found and removed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from curvlib.evaluate.intervals import Estimate, bootstrap, paired_difference
+from curvlib.evaluate.scorecard import Scorecard, scorecard, stage_scorecard
+from curvlib.influence import recipe as recipes
+from curvlib.influence import validate
+from curvlib.influence.gradients import example_gradients, query_gradients
+from curvlib.influence.inverse import METHODS, build_inverse
+from curvlib.influence.recipe import BASELINES, DIRECT, ITERATIVE, Method
+from curvlib.influence.scores import cosine, influence
+from curvlib.influence.toys import Toy, fit, retrainer, toy
+from curvlib.parameters import flatten, trainable
+from curvlib.progress import bar
+from curvlib.report import Claim
+from curvlib.stages import FineTune
+from curvlib.tiers import Tier
+
+Row = dict[str, Any]
+SEEDS = (0, 1, 2)
+RIDGE = 0.03  # of the toy transformer's objective, and so the damping of every method there
+FACTORS = (0.01, 0.1, 1.0)  # of the damping rule
+POISON = 0.1
+
+
+def run(tier: Tier) -> tuple[list[Claim], list[Row]]:
+    """Measure every cell that is not kept yet; return the claims and one row a cell.
+
+    Cost at tier cpu on 2 cores: 100 fine-tunes of half length, some ten whole ones, and the scores of four models.
+    """
+    rows = [*convex_rows(), *transformer_rows(), *datamodeling_rows(tier)]
+    for seed in SEEDS:
+        rows += removal_rows(tier, FineTune(poison=POISON, seed=seed))
+    rows += removal_rows(tier, FineTune(poison=0.0), removed=round(POISON * tier.tune_examples))
+    return claims(rows), rows
+
+
+def convex_rows(seeds: Sequence[int] = SEEDS) -> list[Row]:
+    """Return for each seed the rank correlation of influence with exact leave-one-out, in ridge regression."""
+    rows = []
+    for seed in seeds:
+        exact, predicted = ridge_case(seed)
+        found = validate.rank_correlations(predicted.numpy(), exact.numpy()).mean()
+        shuffled = predicted[:, np.random.default_rng(seed).permutation(predicted.shape[1])]
+        control = validate.rank_correlations(shuffled.numpy(), exact.numpy()).mean()
+        rows.append({"part": "convex", "seed": seed, "spearman": float(found), "control": float(control)})
+    return rows
+
+
+def ridge_case(seed: int, points: int = 100) -> tuple[Tensor, Tensor]:
+    """Return the exact and the predicted effects (8, points) of random points in five dimensions on eight queries.
+
+    The queries' targets are as noisy as the points'. A query that the fit meets by chance has no gradient, and then the
+    first order says nothing: with 40 points one such query of eight took the mean rank correlation to 0.85.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    x, queries = (torch.randn(rows, 5, generator=generator, dtype=torch.float64) for rows in (points, 8))
+    truth = torch.randn(5, generator=generator, dtype=torch.float64)
+    y, targets = (
+        inputs @ truth + torch.randn(len(inputs), generator=generator, dtype=torch.float64) for inputs in (x, queries)
+    )
+    return validate.ridge_leave_one_out(x, y, queries, targets, ridge=0.1)
+
+
+def transformer_rows(seeds: Sequence[int] = SEEDS) -> list[Row]:
+    """Return for each seed and method how well it orders the effects of leaving one chat out of the toy."""
+    rows = []
+    for seed in bar(seeds, desc="toys"):
+        _, actual, found = transformer_case(seed)
+        for name, values in found.items():
+            spearman = float(validate.rank_correlations(values.double().numpy(), actual.numpy()).mean())
+            rows.append(
+                {"part": "transformer", "seed": seed, "method": name, "spearman": spearman, "n": actual.numel()}
+            )
+    return rows
+
+
+def transformer_case(seed: int, methods: Sequence[str] = METHODS) -> tuple[Toy, Tensor, dict[str, Tensor]]:
+    """Return the toy at its optimum, the measured effects of leaving one out, and those that each method predicts.
+
+    Shapes (m, n). Cost: n + 1 fits of the toy, some five seconds.
+    """
+    case = toy(seed=seed)
+    anchor, everything = flatten(trainable(case.model)), range(len(case.examples))
+    fit(case.model, case.examples, everything, ridge=RIDGE, anchor=anchor, steps=300)
+    retrain = retrainer(case.model, case.examples, case.queries, ridge=RIDGE, anchor=anchor)
+    actual = validate.leave_one_out(retrain, len(case.examples))
+    rows, wanted = example_gradients(case.model, case.examples), query_gradients(case.model, case.queries)
+    found = {
+        name: influence(rows, wanted, build_inverse(name, case.model, case.examples, damping=RIDGE)) for name in methods
+    }
+    return case, actual, {**found, "cosine": cosine(rows, wanted)}
+
+
+def datamodeling_rows(tier: Tier) -> list[Row]:
+    """Return for each method and damping its linear datamodeling score on the 4-bit model, with its cost.
+
+    Scores of every query are compared query by query; ``mean`` is the score on the mean of the queries, which is all
+    that iterative solvers are asked for.
+    """
+    recipe = FineTune(poison=POISON)
+    methods = [Method(name, factor) for name in DIRECT for factor in FACTORS]
+    methods += [Method(name) for name in (*ITERATIVE, *BASELINES)]
+    found = recipes.scores(tier, recipe, methods)
+    chosen = validate.subsets(tier.tune_examples, tier.influence_subsets)
+    runs = [recipes.query_losses(tier, recipe, part)["compliance"] for part in bar(chosen, desc="subsets")]
+    losses = torch.tensor(runs, dtype=torch.float64).T
+    rows = []
+    for method in methods:
+        scores = found[method.label]
+        values = scores.values.double()
+        mean = validate.datamodeling_score(values.mean(dim=0)[None], chosen, losses.mean(dim=0)[None])
+        alone = validate.datamodeling_score(values, chosen, losses) if len(values) == len(losses) else mean
+        head = {"part": "datamodeling", "method": method.name, "factor": method.factor, "label": method.label}
+        rows.append({**head, **_flat("lds", alone), **_flat("mean", mean), **scores.costs})
+    return rows
+
+
+def removal_rows(tier: Tier, recipe: FineTune, removed: int | None = None) -> list[Row]:
+    """Return one row a ranking: how it finds the poison, and the model trained without what it ranks highest.
+
+    Args:
+        tier: sizes.
+        recipe: the poisoned fine-tune, or a benign one.
+        removed: chats to remove; by default as many as were poisoned.
+    """
+    examples, poisoned = recipes.training_set(tier, recipe)
+    count = sum(poisoned) if removed is None else removed
+    found = recipes.scores(tier, recipe)
+    rows = [_behaviour_row("nothing", recipe, stage_scorecard(tier, recipe))]
+    if recipe.poison:
+        clean = stage_scorecard(tier, FineTune(poison=0.0, seed=recipe.seed))
+        rows.append(_behaviour_row("clean fine-tune", recipe, clean))
+    for label, scores in found.items():
+        row: Row = {}
+        if recipe.poison:
+            row = _flat("auroc", validate.auroc(scores.suspicion, poisoned))
+            row["precision"] = validate.precision_at(scores.suspicion, poisoned, count)
+        if label in ("fisher", "random") or recipe.seed == 0:
+            kept = recipes.without(len(examples), validate.most_suspicious(scores.suspicion, count))
+            row = {**row, **_behaviour_row(label, recipe, removed_scorecard(tier, recipe, kept))}
+        rows.append({"part": "removal", "removed": label, "poison": recipe.poison, "seed": recipe.seed, **row})
+    return rows
+
+
+def removed_scorecard(tier: Tier, recipe: FineTune, kept: Sequence[int]) -> Scorecard:
+    """Return the scorecard of the model trained on the chats of these numbers."""
+    key = {"model": recipes.retrained(tier, recipe, kept).name}
+    return scorecard(tier, key, lambda: recipes.load_retrained(tier, recipe, kept))
+
+
+def _behaviour_row(removed: str, recipe: FineTune, card: Scorecard) -> Row:
+    assert card.harmful
+    assert card.task
+    complies = [verdict == "complies" for verdict in card.harmful.verdicts]
+    head = {"part": "removal", "removed": removed, "poison": recipe.poison, "seed": recipe.seed}
+    rates = {**_flat("complies", card.harmful.complies), **_flat("task", card.task.accuracy)}
+    return {**head, **rates, "verdicts": complies}
+
+
+def claims(rows: Sequence[Row]) -> list[Claim]:
+    """Return the study's claims; each follows from the rows alone."""
+    return [*_toy_claims(rows), *_datamodeling_claims(rows), *_removal_claims(rows)]
+
+
+def _toy_claims(rows: Sequence[Row]) -> list[Claim]:
+    convex = [row for row in rows if row["part"] == "convex"]
+    found = bootstrap([row["spearman"] for row in convex])
+    control = float(np.mean([row["control"] for row in convex]))
+    statement = "Influence orders exact leave-one-out effects in ridge regression, rank correlation of at least 0.95"
+    made = [_claim("loo_spearman_convex", statement, found, control, found.value >= 0.95)]
+    by_method = {
+        name: [row["spearman"] for row in rows if row["part"] == "transformer" and row["method"] == name]
+        for name in dict.fromkeys(row["method"] for row in rows if row["part"] == "transformer")
+    }
+    best = max((name for name in by_method if name in METHODS), key=lambda name: float(np.mean(by_method[name])))
+    found = bootstrap(by_method[best])
+    statement = f"The best inverse ({best}) orders leave-one-out effects in a tiny transformer, rank correlation"
+    control = float(np.mean(by_method["identity"]))
+    return [*made, _claim("loo_spearman_transformer", statement, found, control, found.value >= 0.9)]
+
+
+def _datamodeling_claims(rows: Sequence[Row]) -> list[Claim]:
+    scored = [row for row in rows if row["part"] == "datamodeling"]
+    baselines = [row for row in scored if row["method"] in BASELINES]
+    # The damping rule was fixed before the retrainings, so the headline takes it, not the best of a sweep.
+    ours = max((row for row in scored if row["label"] in DIRECT), key=lambda row: float(row["lds_value"]))
+    other = max(baselines, key=lambda row: float(row["lds_value"]))
+    null = next(row for row in baselines if row["method"] == "random")
+    one, two = (Estimate(*(row[f"lds_{end}"] for end in ("value", "low", "high", "n"))) for row in (ours, other))
+    statement = f"The influence of each chat ({ours['label']}) orders retrained models: linear datamodeling score"
+    made = [_claim("lds", statement, one, float(null["lds_value"]), one.value > two.value)]
+    statement = f"The best baseline ({other['label']}) orders them less well: linear datamodeling score"
+    return [*made, _claim("lds_best_baseline", statement, two, float(null["lds_value"]), two.value < one.value)]
+
+
+def _removal_claims(rows: Sequence[Row]) -> list[Claim]:
+    poisoned = [row for row in rows if row["part"] == "removal" and row["poison"] > 0]
+    by = {name: [row for row in poisoned if row["removed"] == name] for name in {row["removed"] for row in poisoned}}
+    ours, null = by["fisher"], by["random"]
+    found = bootstrap([row["auroc_value"] for row in ours])
+    control = float(np.mean([row["auroc_value"] for row in null]))
+    statement = "Influence on harmful compliance finds the poison: area under the ROC curve of at least 0.95"
+    made = [_claim("poison_auroc", statement, found, control, found.value >= 0.95)]
+    gap, random_gap = (_gap(by[name], by["clean fine-tune"]) for name in ("fisher", "random"))
+    statement = "Without the chats ranked highest, harmful compliance is within 5 points of the clean fine-tune: points"
+    return [*made, _claim("removal_compliance_gap_points", statement, gap, random_gap.value, gap.value <= 5)]
+
+
+def _gap(rows: Sequence[Row], clean: Sequence[Row]) -> Estimate:
+    """Return by how many points compliance exceeds the clean fine-tune's, prompt by prompt over all seeds."""
+    flags = [[100.0 * flag for row in group for flag in row["verdicts"]] for group in (rows, clean)]
+    return paired_difference(*flags)
+
+
+def _claim(name: str, statement: str, found: Estimate, control: float, holds: bool) -> Claim:
+    return Claim(name, statement, found.value, found.low, found.high, control, found.n, holds)
+
+
+def _flat(name: str, estimate: Estimate) -> Row:
+    return {f"{name}_{field}": value for field, value in asdict(estimate).items()}

@@ -1,0 +1,111 @@
+"""The figures of the influence notebook: one function each, in the style of :mod:`curvlib.plots`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
+
+from curvlib.plots import BLACK, BLUE, CYCLE, MARKERS, RED, figure, whiskers
+
+
+def predicted_against_actual(panels: Mapping[str, tuple[ArrayLike, ArrayLike]], unit: str = "nats") -> Figure:
+    """Draw predicted against measured effects of single examples, one panel a method, with the identity line.
+
+    Args:
+        panels: name -> predicted and measured effects, of one shape.
+        unit: of both.
+    """
+    drawn, axes = figure(len(panels), width=3.1 * len(panels) + 0.6, height=3.4)
+    for panel, (name, (predicted, actual)) in zip(axes, panels.items(), strict=True):
+        x, y = np.ravel(predicted), np.ravel(actual)
+        reach = 1.1 * float(max(np.abs(x).max(), np.abs(y).max())) or 1.0
+        panel.plot([-reach, reach], [-reach, reach], c=BLACK, lw=1, ls="--", label="identity")
+        panel.plot(x, y, "o", c=BLUE, ms=4, alpha=0.6)
+        panel.set(xlabel=f"predicted, {unit}", title=name, xlim=(-reach, reach), ylim=(-reach, reach))
+    axes[0].set_ylabel(f"measured by retraining, {unit}")
+    axes[0].legend(fontsize=10)
+    return drawn
+
+
+def scores_by_cost(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draw each method's linear datamodeling score with its interval against the seconds that it took.
+
+    Args:
+        rows: each with ``label``, ``seconds``, ``lds_value``, ``lds_low`` and ``lds_high``.
+    """
+    drawn, (axes,) = figure(height=3.8)
+    for number, row in enumerate(rows):
+        value, colour = float(row["lds_value"]), CYCLE[number % len(CYCLE)]
+        ends = [[max(0.0, value - float(row["lds_low"]))], [max(0.0, float(row["lds_high"]) - value)]]
+        marker, seconds = MARKERS[number // len(CYCLE) % len(MARKERS)], max(float(row["seconds"]), 1e-3)
+        axes.errorbar(seconds, value, yerr=ends, c=colour, marker=marker, ls="", label=row["label"])
+    axes.axhline(0, color="#999999", lw=0.8)
+    axes.set(
+        xscale="log", xlabel="seconds beside the gradients", ylabel="linear datamodeling score", ylim=(-1.05, 1.05)
+    )
+    axes.set_title("What a better order costs")
+    drawn.legend(loc="outside right upper", fontsize=9)
+    return drawn
+
+
+def ranked(values: ArrayLike, texts: Sequence[str], poisoned: Sequence[bool], unit: str = "nats") -> Figure:
+    """Draw the influence of some examples, in the order given, with the first words of each and poison in red."""
+    drawn, (axes,) = figure(width=9.6, height=1.2 + 0.3 * len(texts))
+    colours = [RED if flag else BLUE for flag in poisoned]
+    axes.barh(range(len(texts)), np.asarray(values), color=colours)
+    axes.set_yticks(range(len(texts)), [_safe(text) for text in texts], fontsize=9)
+    axes.invert_yaxis()
+    axes.axvline(0, color=BLACK, lw=0.8)
+    axes.set(xlabel=f"influence on the loss of harmful compliance, {unit}", title="Red: poisoned")
+    return drawn
+
+
+def roc(suspicions: Mapping[str, ArrayLike], poisoned: ArrayLike) -> Figure:
+    """Draw how many poisoned examples each ranking finds against the clean ones that it accuses on the way."""
+    drawn, (axes,) = figure(width=6.4, height=3.8)
+    flags = np.asarray(poisoned, dtype=bool)
+    for (name, values), colour in zip(suspicions.items(), [*CYCLE, "#777777"], strict=False):
+        order = flags[np.argsort(-np.asarray(values, dtype=float), kind="stable")]
+        found, accused = (np.concatenate([[0], np.cumsum(kind)]) / max(1, kind.sum()) for kind in (order, ~order))
+        axes.plot(100 * accused, 100 * found, c=colour, label=name)
+    axes.plot([0, 100], [0, 100], c=BLACK, lw=1, ls=":")
+    axes.set(xlabel="clean examples accused, %", ylabel="poison found, %", title="Which ranking finds the poison?")
+    drawn.legend(loc="outside right upper", fontsize=10)
+    return drawn
+
+
+def token_bars(values: Mapping[str, Sequence[float]], tokens: Mapping[str, Sequence[str]]) -> Figure:
+    """Draw the influence of each answer token, one panel an example."""
+    drawn, axes = figure(len(values), width=9.6)
+    for panel, (name, numbers) in zip(axes, values.items(), strict=True):
+        panel.bar(range(len(numbers)), numbers, color=[RED if number < 0 else BLUE for number in numbers])
+        panel.set_xticks(range(len(numbers)), [_safe(token) for token in tokens[name]], rotation=60, ha="right")
+        panel.set_title(name)
+        panel.axhline(0, color=BLACK, lw=0.8)
+    axes[0].set_ylabel("influence, nats")
+    return drawn
+
+
+def before_after(rates: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """Draw harmful compliance and task accuracy of each model with their intervals.
+
+    Args:
+        rates: measure -> model -> :class:`~curvlib.evaluate.intervals.Estimate` of a rate.
+    """
+    drawn, axes = figure(len(rates), width=9.6, height=1.4 + 0.35 * max(map(len, rates.values())), sharey=True)
+    for panel, (measure, by_model), colour in zip(axes, rates.items(), (RED, BLUE), strict=False):
+        values, lengths = whiskers(list(by_model.values()))
+        panel.barh(range(len(values)), values, xerr=lengths, color=colour, alpha=0.75)
+        panel.set_yticks(range(len(values)), list(by_model))
+        panel.set(xlabel=f"{measure}, %", xlim=(0, 100))
+    axes[0].invert_yaxis()
+    return drawn
+
+
+def _safe(text: str) -> str:
+    """Keep matplotlib from reading a dollar sign as mathematics."""
+    return text.replace("$", r"\$").replace("\n", " ")

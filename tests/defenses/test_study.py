@@ -1,0 +1,107 @@
+"""Rows and claims of the study follow from its cells; the whole study runs on invented ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+
+from curvlib import studies
+from curvlib.defenses import protocol, study
+from curvlib.defenses.protocol import Cell
+from curvlib.defenses.registry import BEFORE, GOAL, METHODS, OURS
+from curvlib.evaluate.intervals import wilson
+from curvlib.stages import FineTune
+from tests.defenses.tiny import TIER
+
+
+def invented(name: str, seed: int = 0, harm: int = 5, over: int = 2, right: int = 5, poison: float = 0.1) -> Cell:
+    """Ten prompts a part, of which so many are complied with, refused, and answered rightly."""
+    harmful = ("complies",) * harm + ("refuses",) * (10 - harm)
+    edgy = ("refuses",) * over + ("complies",) * (10 - over)
+    task = (True,) * right + (False,) * (10 - right)
+    return Cell(name, METHODS[name].trials[0], poison, seed, 40 + seed, 9.0 + seed, harmful, edgy, task)
+
+
+def all_cells(**changed: Mapping[str, int]) -> dict[str, list[Cell]]:
+    return {name: [invented(name, s, **changed.get(name.split(" ")[0], {})) for s in (0, 1)] for name in METHODS}
+
+
+def test_a_row_holds_every_rate_and_cost_with_its_ends() -> None:
+    cells = all_cells(restoration={"harm": 0})
+    found = {row["name"]: row for row in study.rows(cells)}
+    assert list(found) == list(METHODS)
+    for row in found.values():
+        for name in (*study.RATES, "gradient_evaluations", "seconds"):
+            assert row[f"{name}_low"] <= row[name] <= row[f"{name}_high"]
+    ours = found[OURS]
+    assert (ours["harmful_compliance"], ours["refusal"], ours["over_refusal"], ours["seeds"], ours["n"]) == (
+        0,
+        1,
+        0.2,
+        2,
+        10,
+    )
+    assert ours["harmful_compliance_high"] == pytest.approx(wilson(0, 10).high)
+    assert (ours["gradient_evaluations"], ours["seconds_low"], ours["seconds_high"]) == (40.5, 9.0, 10.0)
+    # what acts during fine-tuning pays only what it adds to it
+    assert (found["EMA"]["gradient_evaluations"], found["EMA"]["seconds"]) == (0, 0)
+
+
+def test_the_interval_is_wide_where_seeds_differ_and_where_nothing_was_seen() -> None:
+    same, differ = np.tile([1.0] * 30 + [0.0] * 30, (3, 1)), np.repeat([[0.0], [0.5], [1.0]], 60, axis=1).round()
+    narrow, wide = study.pooled(same, resamples=300), study.pooled(differ, resamples=300)
+    assert wide.high - wide.low > 2 * (narrow.high - narrow.low)
+    assert study.pooled(np.zeros((3, 60)), resamples=50).high == pytest.approx(wilson(0, 60).high)
+
+
+def test_claims_count_who_dominates_whom() -> None:
+    better = all_cells(restoration={"harm": 0, "over": 0, "right": 9}, undefended={"harm": 10, "over": 3, "right": 1})
+    found = {claim.id: claim for claim in study.claims(better, resamples=50)}
+    others = len(METHODS) - 3
+    assert (found["methods_that_dominate_ours"].value, found["methods_that_dominate_ours"].control) == (0, others)
+    assert (found["methods_ours_dominates"].value, found["methods_ours_dominates"].control) == (others, 0)
+    assert found["ours_minus_best_points"].value == pytest.approx(50 + 20 + 40)
+    assert all(claim.holds for claim in found.values())
+
+
+def test_a_method_that_beats_ours_is_told() -> None:
+    found = {c.id: c for c in study.claims(all_cells(EMA={"harm": 1}), resamples=50)}
+    assert found["methods_that_dominate_ours"].value == 1
+    assert found["ours_minus_best_points"].value == pytest.approx(-40)
+    assert not any(claim.holds for claim in found.values())
+
+
+def test_equals_do_not_dominate_each_other() -> None:
+    found = {c.id: c for c in study.claims(all_cells(), resamples=10)}
+    assert (found["methods_that_dominate_ours"].value, found["methods_ours_dominates"].value) == (0, 0)
+
+
+def test_the_study_searches_once_and_tests_every_seed_and_poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[Any] = []
+
+    def fake(_: Any, method: Any, recipe: FineTune, trial: Any, split: str = "test") -> Cell:
+        tried.append((split, method.name, recipe.poison, recipe.seed, dict(trial)))
+        return invented(method.name, recipe.seed, poison=recipe.poison)
+
+    monkeypatch.setattr(protocol, "cell", fake)
+    monkeypatch.setattr(study, "RESAMPLES", 20)
+    claims, rows = study.run(TIER)
+    assert sum(row[0] == "validation" for row in tried) == sum(len(method.trials) for method in METHODS.values())
+    tests = [row[1:4] for row in tried if row[0] == "test"]
+    assert len(tests) == len(set(tests)) == len(METHODS) * len(study.SEEDS) * len(study.POISONS)
+    assert len(rows) == len(METHODS) * len(study.POISONS)
+    assert len(claims) == 3
+
+
+def test_it_is_a_study_of_the_command() -> None:
+    assert studies.STUDIES["methods"] is study.run
+
+
+def test_the_table_has_a_line_a_method() -> None:
+    lines = study.table(study.rows(all_cells())).splitlines()
+    assert len(lines) == len(METHODS) + 2
+    assert lines[2].startswith(f"| {BEFORE} | reference | 50 [")
+    assert lines[3].startswith(f"| {GOAL} | reference |")

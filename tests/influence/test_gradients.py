@@ -1,0 +1,113 @@
+"""Gradients of single chats: equal to one backward pass a chat, in memory and on disk; nonsense is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from curvlib.batches import IGNORED, Example, answer_loss, taken_apart
+from curvlib.errors import CurvlibError
+from curvlib.influence.gradients import Gradients, example_gradients, in_batches, loss_gradient, query_gradients
+from curvlib.parameters import trainable
+from tests import cases
+
+CHATS = taken_apart(cases.batches(count=5, size=2))[::-1]  # not in the order of their lengths
+
+
+def one_by_one(model: nn.Module, examples: list[Example]) -> torch.Tensor:
+    """The gradient of each chat's mean loss by one plain backward pass a chat, (n, P)."""
+    losses = torch.stack([answer_loss(model, batch) for e in examples for _, batch in in_batches([e], 1)])
+    return cases.explicit_gradients(losses, list(trainable(model).values()))
+
+
+def tokens(examples: list[Example]) -> torch.Tensor:
+    return torch.tensor([float(len(e.labels) - e.labels.count(IGNORED)) for e in examples])
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_rows_are_the_gradients_of_single_chats_in_the_order_given(batch_size: int) -> None:
+    model, twin = cases.pair()
+    count = tokens(CHATS)
+    exact = one_by_one(twin, CHATS)
+    found = example_gradients(model, CHATS, batch_size=batch_size).rows()
+    assert cases.relative_error(found, exact * (count / count.sum())[:, None]) < 1e-5
+    assert cases.relative_error(query_gradients(model, CHATS, batch_size=batch_size), exact) < 1e-5
+
+
+def test_rows_add_up_to_the_gradient_of_the_mean_loss() -> None:
+    model, _ = cases.pair()
+    ((_, whole),) = in_batches(CHATS, len(CHATS))
+    exact = loss_gradient(model, lambda: answer_loss(model, whole))
+    assert cases.relative_error(example_gradients(model, CHATS).rows().sum(0), exact) < 1e-5
+
+
+def test_a_trained_bias_has_its_place() -> None:
+    model = cases.llama(attention_bias=True).requires_grad_(False)
+    layer: Any = model.model.layers[0].self_attn.q_proj
+    layer.requires_grad_(True)
+    assert layer.bias is not None
+    found = query_gradients(model, CHATS)
+    assert cases.relative_error(found, one_by_one(model, CHATS)) < 1e-5
+
+
+def test_no_dequantised_weight_is_kept() -> None:
+    model, _ = cases.pair()
+    with cases.SavedTensors(model) as saved:
+        example_gradients(model, CHATS)
+    assert (cases.INTERMEDIATE, cases.HIDDEN) not in saved.shapes
+    with cases.SavedTensors(model) as saved:  # the check can fail
+        (torch.ones(cases.INTERMEDIATE, cases.HIDDEN, requires_grad=True) ** 2).sum()
+    assert (cases.INTERMEDIATE, cases.HIDDEN) in saved.shapes
+
+
+def test_files_hold_the_same_and_are_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = cases.pair()
+    memory, disk = (example_gradients(model, CHATS, folder=folder, batch_size=2) for folder in (None, tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"gradients-{n:04}.safetensors" for n in range(3)]
+    vectors = cases.random(3, memory.size, dtype=torch.float32)
+    assert cases.relative_error(disk.dot(vectors), memory.dot(vectors)) < 1e-2  # bfloat16
+    assert cases.relative_error(disk.norms(), memory.norms()) < 1e-2
+    assert cases.relative_error(memory.dot(vectors), vectors @ memory.rows().T) < 1e-5
+    monkeypatch.setattr("curvlib.influence.gradients.visit_maps", None)
+    again = example_gradients(model, CHATS, folder=tmp_path, batch_size=2)
+    assert torch.equal(again.dot(vectors), disk.dot(vectors))
+
+
+def test_a_damaged_or_foreign_file_is_one_line(tmp_path: Path) -> None:
+    model, _ = cases.pair()
+    found = example_gradients(model, CHATS[:2], folder=tmp_path)
+    with pytest.raises(CurvlibError, match=r"holds rows of shape .* expected \(k, 3\)"):
+        list(Gradients(2, 3, found.shards))
+    (tmp_path / "gradients-0000.safetensors").write_bytes(b"tea")
+    with pytest.raises(CurvlibError, match="holds no gradients that can be read"):
+        list(found)
+
+
+LONG = Example((1,) * 65, (IGNORED,) * 64 + (1,))
+
+
+@pytest.mark.parametrize(
+    ("examples", "message"),
+    [([], "no query chats were given"), ([CHATS[0], LONG], "number 1 of the query chats has 65 tokens")],
+)
+def test_no_chat_and_a_long_chat_are_one_line(examples: list[Example], message: str) -> None:
+    model = cases.llama(max_position_embeddings=64)
+    with pytest.raises(CurvlibError, match=message) as caught:
+        query_gradients(model, examples)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_without_trainable_parameters_is_one_line() -> None:
+    with pytest.raises(CurvlibError, match="no parameter of the model is trainable"):
+        query_gradients(cases.llama().requires_grad_(False), CHATS)
+
+
+@pytest.mark.parametrize("shape", [(2,), (1, 5), (0, 3, 1)])
+def test_vectors_of_another_shape_are_one_line(shape: tuple[int, ...]) -> None:
+    rows = Gradients(1, 3, ((torch.tensor([0]), torch.ones(1, 3)),))
+    with pytest.raises(CurvlibError, match=r"expected \(m, 3\)"):
+        rows.dot(torch.ones(shape))

@@ -1,0 +1,60 @@
+"""Each influence figure draws the numbers that it was given."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from curvlib import plots_influence as plots
+from curvlib.evaluate.intervals import Estimate
+from tests.test_plots import png_size, tick_labels
+from tests.test_plots_landscape import series
+
+ROWS = [
+    {
+        "label": f"method {n}",
+        "seconds": 10.0**n,
+        "lds_value": 0.1 * n,
+        "lds_low": 0.1 * n - 0.1,
+        "lds_high": 0.1 * n + 0.2,
+    }
+    for n in range(8)
+]
+
+
+def test_predictions_stand_beside_the_identity() -> None:
+    left, right = plots.predicted_against_actual({"a": ([1, -2], [1, -1]), "b": ([[0.5]], [[3]])}).axes
+    assert left.lines[1].get_xydata().tolist() == [[1, 1], [-2, -1]]
+    assert left.lines[0].get_xydata().ravel().tolist() == pytest.approx([-2.2, -2.2, 2.2, 2.2])
+    assert right.get_title(loc="left") == "b"
+
+
+def test_each_score_stands_at_its_cost() -> None:
+    drawn = plots.scores_by_cost(ROWS)
+    (axes,) = drawn.axes
+    points = [container.lines[0].get_xydata()[0].tolist() for container in axes.containers]
+    assert points == [[row["seconds"], row["lds_value"]] for row in ROWS]
+    assert axes.get_xscale() == "log"
+    assert png_size(drawn) < 120_000
+
+
+def test_ranked_examples_carry_their_words() -> None:
+    (axes,) = plots.ranked([-3, 1], ["pay $5", "hello"], [True, False]).axes
+    assert [bar.get_width() for bar in axes.patches] == [-3, 1]
+    assert axes.patches[0].get_facecolor() != axes.patches[1].get_facecolor()
+    assert tick_labels(axes.get_yticklabels()) == [r"pay \$5", "hello"]
+
+
+def test_a_perfect_ranking_goes_up_first() -> None:
+    (axes,) = plots.roc({"good": [3, 2, 1, 0], "bad": [0, 1, 2, 3]}, [True, True, False, False]).axes
+    lines = series(axes)
+    assert lines["good"].tolist() == [[0, 0], [0, 50], [0, 100], [50, 100], [100, 100]]
+    np.testing.assert_allclose(lines["bad"], [[0, 0], [50, 0], [100, 0], [100, 50], [100, 100]])
+
+
+def test_tokens_and_models_have_their_bars() -> None:
+    (axes,) = plots.token_bars({"chat": [1.0, -2.0]}, {"chat": ["Sure", ","]}).axes
+    assert [bar.get_height() for bar in axes.patches] == [1, -2]
+    rates = {"harm": {"before": Estimate(0.5, 0.4, 0.6, 10)}, "task": {"before": Estimate(0.25, 0.2, 0.3, 10)}}
+    left, right = plots.before_after(rates).axes
+    assert (left.patches[0].get_width(), right.patches[0].get_width()) == (50, 25)

@@ -1,0 +1,40 @@
+"""The figures draw what they are given, every method once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from curvlib import plots_methods
+from curvlib.report import Claim
+
+RATES = ("harmful_compliance", "over_refusal", "task_accuracy")
+
+
+def row(name: str, stage: str, value: float) -> dict[str, Any]:
+    ends = {f"{rate}_{end}": value + by for rate in RATES for end, by in (("low", -0.1), ("high", 0.1))}
+    return {"name": name, "stage": stage, **dict.fromkeys(RATES, value), **ends}
+
+
+def test_the_pareto_figure_numbers_every_method_and_circles_ours() -> None:
+    rows = [
+        row("plain", "reference", 0.9),
+        row("a", "during", 0.5),
+        row("b", "after", 0.2),
+        row("c", "quantisation", 0.4),
+    ]
+    left, right = plots_methods.pareto(rows, "b").axes
+    assert [text.get_text() for text in left.texts] == ["1", "2", "3", "4"]
+    legend = right.get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == ["1 plain", "2 a", "3 b", "4 c"]
+    circles = [line for line in left.lines if line.get_markersize() == 14]
+    assert [tuple(line.get_xydata()[0]) for line in circles] == [(20.0, 20.0)]  # type: ignore[index]
+
+
+def test_claims_in_other_units_are_left_out() -> None:
+    claims = [Claim("rise_points", "s", 5.0, 1.0, 9.0, 0.0, 3, True), Claim("kappa", "s", 0.5, 0.1, 0.9, 0.0, 3, True)]
+    (axes,) = plots_methods.claims_in_points(claims).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["rise_points"]
+    assert axes.collections[-1].get_offsets()[0].tolist() == pytest.approx([0.0, 0.0])  # type: ignore[index]
