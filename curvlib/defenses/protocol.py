@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 import numpy as np
@@ -128,7 +129,17 @@ def sizes(tier: Tier, split: Split) -> dict[str, int]:
 
 
 def code(method: Method) -> str:
-    """Return a digest of the method's file and of the judge: what either of them changes is measured again."""
-    own, judge = (str(module.__file__) for module in (sys.modules[method.apply.__module__], scorecard))
-    files = [Path(own), *(Path(judge).with_name(f"{name}.py") for name in scorecard.INSTRUMENT)]
-    return hashlib.sha256("".join(fetch.digest(file) for file in files).encode()).hexdigest()[:12]
+    """Return a digest of the code behind a cell: what a change of it may move is measured again.
+
+    It covers the method's file, the modules of curvlib that this file names, all of :mod:`curvlib.restore` if one of
+    them lies there, and the judge.
+    """
+    own = sys.modules[method.apply.__module__]
+    named = {
+        value.__name__ if isinstance(value, ModuleType) else str(getattr(value, "__module__", ""))
+        for value in [own, *vars(own).values()]
+    }
+    files = {Path(str(sys.modules[name].__file__)) for name in named if name.startswith("curvlib.")}
+    files |= {path for file in files if file.parent.name == "restore" for path in file.parent.glob("*.py")}
+    files |= {Path(str(scorecard.__file__)).with_name(f"{name}.py") for name in scorecard.INSTRUMENT}
+    return hashlib.sha256("".join(fetch.digest(file) for file in sorted(files)).encode()).hexdigest()[:12]

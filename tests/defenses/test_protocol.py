@@ -13,6 +13,7 @@ from curvlib.defenses import protocol
 from curvlib.defenses.linear import LINEAR
 from curvlib.defenses.method import Defended, Setting
 from curvlib.defenses.protocol import Cell, cell, search
+from curvlib.defenses.registry import METHODS
 from curvlib.errors import CurvlibError
 from curvlib.evaluate import scorecard
 from tests.defenses.tiny import BENIGN, HARMFUL, RECIPE, TIER, setting, tiny  # noqa: F401  a fixture
@@ -99,3 +100,17 @@ def test_the_score_rewards_selective_refusals_and_the_task() -> None:
 def test_a_foreign_trial_is_one_line() -> None:
     with pytest.raises(CurvlibError, match="linear merge has no trial"):
         cell(TIER, LINEAR, RECIPE, {"share": 0.123})
+
+
+def test_the_digest_covers_what_a_method_is_made_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Path] = []
+    monkeypatch.setattr(protocol.fetch, "digest", lambda path: seen.append(path) or path.name)
+    for name, wanted in (
+        ("linear merge", {"linear.py", "layers.py", "method.py", "judge.py"}),
+        ("Q-realign W4", {"qrealign.py", "quantiser.py", "layers.py"}),
+        ("restoration (ours)", {"loop.py", "metrics.py", "outcome.py", "realign.py"}),
+    ):
+        seen.clear()
+        protocol.code(METHODS[name])
+        assert wanted <= {path.name for path in seen}
+        assert ("loop.py" in {path.name for path in seen}) == (name == "restoration (ours)")
