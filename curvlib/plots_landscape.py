@@ -122,8 +122,8 @@ def step_in_spectrum(steps: Mapping[str, StepSpectrum]) -> Figure:
         axes.plot(place, 100 * share, c=colour, marker=marker, ls="", label=name)
     axes.set(xscale="log", yscale="log", ylim=(1e-3, 200))
     axes.set(xlabel="curvature of the task loss", ylabel="share of the step, %")
-    axes.set_title("Share of each step at this curvature or more", pad=28)
-    axes.legend(ncols=4, loc="lower left", bbox_to_anchor=(0, 1), fontsize=10, borderpad=0.2)
+    axes.set_title("Share of each step at this curvature or more", pad=42)
+    axes.legend(ncols=2, loc="lower left", bbox_to_anchor=(0, 1), fontsize=10, borderpad=0.2)
     return drawn
 
 

@@ -20,10 +20,7 @@ from tests.notebook_cases import HEADER, code, markdown
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 EXPECTED: dict[str, dict[str, dict[str, Any]]] = tomllib.loads((ROOT / "tests/expected/ci.toml").read_text())
-PENDING = {
-    "02_landscape_geometry",
-    "09_report",
-}  # lessons whose outputs of a tier-cpu run are not kept yet
+PENDING = {"09_report"}  # lessons whose outputs of a tier-cpu run are not kept yet
 DEFAULTS = {"tier": "cpu", "seed": 0, "output_dir": ""}
 MACHINE_PATH = re.compile(r"/(home|root|tmp|Users|work)/\w|[A-Z]:\\\\")
 
