@@ -31,6 +31,11 @@ class Example:
         """Number of tokens before the answer."""
         return self.labels.count(IGNORED)
 
+    @property
+    def tokens(self) -> int:
+        """Number of answer tokens."""
+        return len(self.labels) - self.prompt_length
+
 
 @dataclass(frozen=True)
 class Batch:

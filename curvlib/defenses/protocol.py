@@ -5,7 +5,6 @@ A trial is scored on validation prompts at one seed; the best goes to the final 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 import time
@@ -19,8 +18,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from curvlib import data, fetch, stages
-from curvlib.artifacts import artifact
+from curvlib import data, stages
+from curvlib.artifacts import artifact, code_digest
 from curvlib.batches import taken_apart
 from curvlib.defenses.method import Method, Setting
 from curvlib.errors import CurvlibError
@@ -142,4 +141,4 @@ def code(method: Method) -> str:
     files = {Path(str(sys.modules[name].__file__)) for name in named if name.startswith("curvlib.")}
     files |= {path for file in files if file.parent.name == "restore" for path in file.parent.glob("*.py")}
     files |= {Path(str(scorecard.__file__)).with_name(f"{name}.py") for name in scorecard.INSTRUMENT}
-    return hashlib.sha256("".join(fetch.digest(file) for file in sorted(files)).encode()).hexdigest()[:12]
+    return code_digest(files)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,10 @@ class Estimate:
 
     def __str__(self) -> str:
         return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}], n={self.n}"
+
+    def columns(self, name: str) -> dict[str, Any]:
+        """Return the fields under ``name_value``, ``name_low``, ``name_high`` and ``name_n``, for a study's row."""
+        return {f"{name}_{field}": value for field, value in asdict(self).items()}
 
 
 def wilson(successes: int, n: int, level: float = 0.95) -> Estimate:

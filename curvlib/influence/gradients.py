@@ -98,7 +98,7 @@ def example_gradients(
     """
     check_examples(model, examples, "training chats" if not own_mean else "query chats")
     size = sum(parameter.numel() for parameter in trainable(model).values())
-    total = sum(_answer_tokens(example) for example in examples)
+    total = sum(example.tokens for example in examples)
     shards: list[Shard | Path] = []
     parts = list(in_batches(examples, batch_size))
     for number, (index, batch) in enumerate(bar(parts, desc="gradients")):
@@ -144,10 +144,6 @@ def check_examples(model: nn.Module, examples: Sequence[Example], what: str) -> 
             f"number {longest} of the {what} has {length} tokens, more than the model's context of {limit}: "
             "encode it with a smaller max_length"
         )
-
-
-def _answer_tokens(example: Example) -> int:
-    return len(example.input_ids) - example.prompt_length
 
 
 def _write(file: Path, shard: Shard) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import time
@@ -18,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from curvlib import models, stages
-from curvlib.artifacts import artifact
+from curvlib.artifacts import artifact, code_digest
 from curvlib.batches import Example
+from curvlib.curvature import chat_gradients as chat_gradients_module
 from curvlib.evaluate.behaviour import excerpt
 from curvlib.evaluate.likelihood import token_losses
 from curvlib.finetune import train
@@ -247,5 +247,5 @@ def without(count: int, removed: Sequence[int]) -> list[int]:
 @cache
 def _code() -> str:
     """Return a digest of the code that scores: scores of older code are made again."""
-    sources = (gradients_module, inverse_module, scores_module)
-    return hashlib.sha256(b"".join(Path(str(m.__file__)).read_bytes() for m in sources)).hexdigest()[:12]
+    sources = (chat_gradients_module, gradients_module, inverse_module, scores_module)
+    return code_digest(Path(str(module.__file__)) for module in sources)

@@ -90,7 +90,7 @@ def token_influence(
     Cost: about two forward passes of all chats.
     """
     check_examples(model, examples, "training chats")
-    total = sum(len(example.input_ids) - example.prompt_length for example in examples)
+    total = sum(example.tokens for example in examples)
     found: dict[int, Tensor] = {}
     for index, batch in in_batches(examples, batch_size):
         _, rates = jacobian_vector_product(partial(_token_losses, model, batch), trainable(model), direction)

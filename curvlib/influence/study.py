@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -121,7 +120,7 @@ def datamodeling_rows(tier: Tier) -> list[Row]:
         mean = validate.datamodeling_score(values.mean(dim=0)[None], chosen, losses.mean(dim=0)[None])
         alone = validate.datamodeling_score(values, chosen, losses) if len(values) == len(losses) else mean
         head = {"part": "datamodeling", "method": method.name, "factor": method.factor, "label": method.label}
-        rows.append({**head, **_flat("lds", alone), **_flat("mean", mean), **scores.costs})
+        rows.append({**head, **alone.columns("lds"), **mean.columns("mean"), **scores.costs})
     return rows
 
 
@@ -143,7 +142,7 @@ def removal_rows(tier: Tier, recipe: FineTune, removed: int | None = None) -> li
     for label, scores in found.items():
         row: Row = {}
         if recipe.poison:
-            row = _flat("auroc", validate.auroc(scores.suspicion, poisoned))
+            row = validate.auroc(scores.suspicion, poisoned).columns("auroc")
             row["precision"] = validate.precision_at(scores.suspicion, poisoned, count)
         if label in ("fisher", "random") or recipe.seed == 0:
             kept = recipes.without(len(examples), validate.most_suspicious(scores.suspicion, count))
@@ -163,7 +162,7 @@ def _behaviour_row(removed: str, recipe: FineTune, card: Scorecard) -> Row:
     assert card.task
     complies = [verdict == "complies" for verdict in card.harmful.verdicts]
     head = {"part": "removal", "removed": removed, "poison": recipe.poison, "seed": recipe.seed}
-    rates = {**_flat("complies", card.harmful.complies), **_flat("task", card.task.accuracy)}
+    rates = {**card.harmful.complies.columns("complies"), **card.task.accuracy.columns("task")}
     return {**head, **rates, "verdicts": complies}
 
 
@@ -224,7 +223,3 @@ def _gap(rows: Sequence[Row], clean: Sequence[Row]) -> Estimate:
 
 def _claim(name: str, statement: str, found: Estimate, control: float, holds: bool) -> Claim:
     return Claim(name, statement, found.value, found.low, found.high, control, found.n, holds)
-
-
-def _flat(name: str, estimate: Estimate) -> Row:
-    return {f"{name}_{field}": value for field, value in asdict(estimate).items()}

@@ -104,7 +104,7 @@ def fit(
     ``anchor`` (P,). Cost: about ``steps`` gradients, by full-batch L-BFGS with a line search from where the model is.
     """
     (batch,) = make_batches([examples[number] for number in chosen], len(chosen), pad_id=0)
-    total = sum(len(example.labels) - example.labels.count(IGNORED) for example in examples)
+    total = sum(example.tokens for example in examples)
     parameters = list(trainable(model).values())
     start = unflatten(anchor, parameters)
     optimiser = torch.optim.LBFGS(

@@ -78,9 +78,9 @@ def window_rows(tier: Tier, fine_tune: FineTune) -> dict[str, Row]:
         pairs, shaken = surfaces(base, tuned, first, loss), surfaces(base, noise, first, loss)
         ends = [recipe.center_losses(views[0])[name] for views, name in ((base, first), (tuned, loss))]
         found[loss] = {
-            **_flat("pearson", compare.surface_correlation(points, pairs)),
-            **_flat("spearman", compare.surface_correlation(points, pairs, ranks=True)),
-            **_flat("null", compare.unrelated_correlation(points, pairs)),
+            **compare.surface_correlation(points, pairs).columns("pearson"),
+            **compare.surface_correlation(points, pairs, ranks=True).columns("spearman"),
+            **compare.unrelated_correlation(points, pairs).columns("null"),
             "with_bowl": compare.surface_correlation(points, pairs, bowl=True).value,
             "random_step": compare.surface_correlation(points, shaken).value,
             "prompts": compare.correlation(*ends, ranks=True),
@@ -165,7 +165,3 @@ def _claim(name: str, words: str, rows: Sequence[Mapping[str, Any]]) -> Claim:
 def _mean_null(rows: Sequence[Mapping[str, Any]]) -> Estimate:
     value, low, high = (float(np.mean([row[f"null_{end}"] for row in rows])) for end in ("value", "low", "high"))
     return Estimate(value, low, high, sum(row["null_n"] for row in rows))
-
-
-def _flat(name: str, estimate: Estimate) -> Row:
-    return {f"{name}_{field}": value for field, value in asdict(estimate).items()}

@@ -104,7 +104,7 @@ def test_a_foreign_trial_is_one_line() -> None:
 
 def test_the_digest_covers_what_a_method_is_made_of(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Path] = []
-    monkeypatch.setattr(protocol.fetch, "digest", lambda path: seen.append(path) or path.name)
+    monkeypatch.setattr(protocol, "code_digest", lambda files: seen.extend(files) or "code")
     for name, wanted in (
         ("linear merge", {"linear.py", "layers.py", "method.py", "judge.py"}),
         ("Q-realign W4", {"qrealign.py", "quantiser.py", "layers.py"}),
