@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from curvlib.errors import CurvlibError
+from curvlib.prefix import read_beginning, token_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -150,7 +151,7 @@ def answer_logits(model: nn.Module, batch: Batch) -> Tensor:
     """Return the logits (N, V) that predict each answer token, rows in the order of ``labels[labels != -100]``.
 
     The head is applied to the last K + 1 positions only (K = ``batch.answer_length``). Positions count from each chat's
-    first token, so padding does not move them.
+    first token, so padding does not move them. Without gradients, what all chats begin with is computed once.
     """
     batch = batch.to(next(model.parameters()).device)
     length = batch.answer_length
@@ -159,14 +160,13 @@ def answer_logits(model: nn.Module, batch: Batch) -> Tensor:
             f"answers span {length} of {batch.labels.shape[1]} positions, expected at least one answer token and a "
             "prompt token before it: make the batch with encode() and make_batches()"
         )
-    positions = (batch.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
-    logits: Tensor = model(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        position_ids=positions,
-        use_cache=False,
-        logits_to_keep=length + 1,
-    ).logits
+    ids, mask = batch.input_ids, batch.attention_mask
+    if torch.is_grad_enabled():
+        given = {"input_ids": ids, "attention_mask": mask, "position_ids": token_positions(mask), "use_cache": False}
+    else:
+        prompts = mask.sum(dim=1) - (batch.labels != IGNORED).sum(dim=1)
+        given = read_beginning(model, ids, mask, int(prompts.min()) - 1)  # a prompt's last token predicts the answer
+    logits: Tensor = model(**given, logits_to_keep=length + 1).logits
     rows, columns = (batch.labels[:, -length:] != IGNORED).nonzero(as_tuple=True)
     return logits[rows, columns]
 

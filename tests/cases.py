@@ -154,6 +154,11 @@ class Twin(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = _dequantised(model) if isinstance(model, PeftModel) else copy.deepcopy(model).double()
+        self.config: Any = getattr(model, "config", None)
+
+    def get_base_model(self) -> Any:
+        base = self.model
+        return base.get_base_model() if isinstance(base, PeftModel) else base
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with Exact():

@@ -7,6 +7,8 @@ Source: Goodfellow 2015, "Efficient per-example gradient computations", arXiv 15
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from torch import Tensor, nn
 
@@ -16,17 +18,23 @@ from curvlib.parameters import trainable
 
 
 def chat_gradients(
-    model: nn.Module, batch: Batch, *, fisher: Fisher = "empirical", labels: torch.Generator | None = None
+    model: nn.Module,
+    batch: Batch,
+    *,
+    fisher: Fisher = "empirical",
+    labels: torch.Generator | None = None,
+    draws: int = 1,
 ) -> Tensor:
-    """Return the gradient of each chat's loss, summed over its answer tokens, (B, P), in float32 at least.
+    """Return the gradient of each chat's loss, summed over its answer tokens, in float32 at least: (draws × B, P).
 
     Args:
         model: a causal language model whose trainable parameters are LoRA's, or those of linear layers.
         batch: chats.
         fisher: ``empirical`` differentiates the given answers, ``sampled`` answers drawn from the model's predictions.
         labels: draws them.
+        draws: sets of labels, one after the other in the rows; they share the forward pass.
 
-    Cost: one gradient of the batch; memory B × P numbers.
+    Cost: one gradient of the batch, and a backward pass for each further draw; memory draws × B × P numbers.
 
     Raises:
         CurvlibError: a trainable parameter is not the weight or bias of one linear map, or takes no part in the loss.
@@ -35,7 +43,9 @@ def chat_gradients(
     parameters = trainable(model).values()
     first = next(iter(parameters))
     size = sum(parameter.numel() for parameter in parameters)
-    rows = torch.zeros(len(batch), size, device=first.device, dtype=torch.promote_types(first.dtype, torch.float32))
+    wide = torch.promote_types(first.dtype, torch.float32)
+    rows = torch.zeros(draws, len(batch), size, device=first.device, dtype=wide)
+    done: Counter[str] = Counter()
 
     def visit(name: str, a: Tensor, g: Tensor, _: Tensor) -> None:
         layer = maps[name]
@@ -45,7 +55,8 @@ def chat_gradients(
             pieces.append((layer.bias, found[..., -1]))
         for parameter, piece in pieces:
             start = places[id(parameter)]
-            rows[:, start : start + parameter.numel()] = piece.flatten(1)
+            rows[done[name], :, start : start + parameter.numel()] = piece.flatten(1)
+        done[name] += 1
 
-    visit_maps(model, batch, maps, visit, fisher, labels or torch.Generator(first.device))
-    return rows
+    visit_maps(model, batch, maps, visit, fisher, labels or torch.Generator(first.device), draws)
+    return rows.flatten(0, 1)

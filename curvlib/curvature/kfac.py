@@ -163,9 +163,18 @@ def _correction(
 
 
 def visit_maps(
-    model: nn.Module, batch: Batch, maps: dict[str, nn.Linear], visit: Visit, fisher: Fisher, labels: torch.Generator
+    model: nn.Module,
+    batch: Batch,
+    maps: dict[str, nn.Linear],
+    visit: Visit,
+    fisher: Fisher,
+    labels: torch.Generator,
+    draws: int = 1,
 ) -> None:
-    """Call ``visit(name, inputs, output gradients, counted)`` for each map; the loss is summed over answer tokens."""
+    """Call ``visit(name, inputs, output gradients, counted)`` for each map; the loss is summed over answer tokens.
+
+    Each of the ``draws`` of labels visits every map once; all share one forward pass.
+    """
     seen: set[str] = set()
     parameters = list(trainable(model).values())
     counted = _reaches_answer(batch).to(labels.device)
@@ -183,7 +192,10 @@ def visit_maps(
     hooks = [layer.register_forward_hook(partial(tap, name)) for name, layer in maps.items()]
     try:
         logits = answer_logits(model, batch)
-        torch.autograd.grad(logits, parameters, _residual(logits, batch, fisher, labels), allow_unused=True)
+        for draw in range(draws):
+            seen.clear()
+            given, keep = _residual(logits, batch, fisher, labels), draw + 1 < draws
+            torch.autograd.grad(logits, parameters, given, allow_unused=True, retain_graph=keep)
     finally:
         for hook in hooks:
             hook.remove()

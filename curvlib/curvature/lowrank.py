@@ -83,13 +83,12 @@ def sampled_fisher(model: nn.Module, batches: Sequence[Batch], *, samples: int =
         samples: draws of labels for each chat; n = samples × chats rows.
         seed: of the draws.
 
-    Cost: ``samples`` gradients of all chats; memory n × P numbers.
+    Cost: one gradient of all chats and a backward pass for each further draw; memory n × P numbers.
 
     Raises:
         CurvlibError: see :func:`~curvlib.curvature.chat_gradients.chat_gradients`.
     """
     labels = torch.Generator(next(iter(trainable(model).values())).device).manual_seed(seed)
     total = sum(batch.tokens for batch in batches) * samples
-    draws = [batch for batch in batches for _ in range(samples)]
-    rows = torch.cat([chat_gradients(model, batch, fisher="sampled", labels=labels) for batch in draws])
-    return LowRankOperator(rows.mul_(total**-0.5))
+    drawn = (chat_gradients(model, batch, fisher="sampled", labels=labels, draws=samples) for batch in batches)
+    return LowRankOperator(torch.cat(list(drawn)).mul_(total**-0.5))

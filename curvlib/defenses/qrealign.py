@@ -30,6 +30,7 @@ from curvlib.defenses.quantiser import QuantisedLinear
 from curvlib.evaluate.behaviour import reference_model
 from curvlib.evaluate.generate import left_pad
 from curvlib.landscape.directions import effective_weight, linear_layers
+from curvlib.prefix import token_positions
 from curvlib.progress import bar
 
 CALIBRATION, MALICIOUS = 200, 0.75
@@ -115,7 +116,7 @@ def trace(model: nn.Module, blocks: Sequence[nn.Module], prompts: Prompts) -> Tr
 
     handles = [block.register_forward_hook(record, with_kwargs=True) for block in blocks]
     try:
-        positions = (prompts.mask.cumsum(1) - 1).clamp(min=0)
+        positions = token_positions(prompts.mask)
         given = {"attention_mask": prompts.mask, "position_ids": positions, "use_cache": False, "logits_to_keep": 1}
         model(input_ids=prompts.ids, **given)
     finally:

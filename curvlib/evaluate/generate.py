@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from inspect import signature
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from curvlib.batches import Chat
 from curvlib.errors import CurvlibError
+from curvlib.prefix import cache_argument, read_beginning
 from curvlib.progress import bar
 
 Model = PreTrainedModel | PeftModel
@@ -72,35 +72,31 @@ def end_tokens(model: Model, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return sorted({int(end) for end in (tokenizer.eos_token_id, *more) if end is not None})
 
 
-def cache_argument(model: Model) -> str:
-    """Return the name under which `model` takes its key-value cache: transformers changed it in version 5.24."""
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    return "cache" if "cache" in signature(type(base).forward).parameters else "past_key_values"
-
-
 def decode_batch(model: Model, ids: Tensor, mask: Tensor, ends: list[int], max_new: int) -> list[list[int]]:
     """Return the greedy continuation of each row of `ids` (B, T), the end token left out.
 
-    Rows that have ended leave the batch and its key-value cache. Cost: one forward over (B, T), then one per new token.
+    Rows that have ended leave the batch and its key-value cache. Cost: one forward over (B, T), in which the
+    tokens that all rows begin with count once, then one per new token.
     """
     answers: list[list[int]] = [[] for _ in ids]
     rows = torch.arange(len(ids), device=ids.device)
     stop = torch.tensor(ends, device=ids.device)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    cache: Any = DynamicCache(config=model.config)
-    keeping = {"use_cache": True, cache_argument(model): cache}
+    given = read_beginning(model, ids, mask, int(mask.sum(dim=1).min()) - 1)
+    cache = given[cache_argument(model)]
     for _ in range(max_new):
-        out: Any = model(input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=1, **keeping)
+        out: Any = model(**given, logits_to_keep=1)
         chosen = out.logits[:, -1].argmax(-1)
         alive = (~torch.isin(chosen, stop)).nonzero().squeeze(1)
         if len(alive) == 0:
             break
+        mask, positions = given["attention_mask"], given["position_ids"][:, -1:]
         if len(alive) < len(rows):
             cache.batch_select_indices(alive)
             rows, mask, positions, chosen = rows[alive], mask[alive], positions[alive], chosen[alive]
         for row, token in zip(rows.tolist(), chosen.tolist(), strict=True):
             answers[row].append(token)
-        ids, mask, positions = chosen[:, None], torch.nn.functional.pad(mask, (0, 1), value=1), positions[:, -1:] + 1
+        given["attention_mask"] = torch.nn.functional.pad(mask, (0, 1), value=1)
+        given["input_ids"], given["position_ids"] = chosen[:, None], positions + 1
     return answers
 
 

@@ -20,6 +20,7 @@ from curvlib.errors import CurvlibError
 from curvlib.evaluate.generate import Model, evaluating, left_pad, render
 from curvlib.evaluate.intervals import Estimate, rate
 from curvlib.evaluate.likelihood import token_losses
+from curvlib.prefix import read_beginning
 
 OPENING = "The answer is"  # how `task_answer` begins: the letter comes next
 
@@ -117,10 +118,8 @@ def next_token_logits(model: Model, rows: Sequence[list[int]], tokens: list[int]
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             ids, mask = left_pad([rows[index] for index in chosen], 0, model.device)  # any id: padding is masked
-            positions = (mask.cumsum(1) - 1).clamp(min=0)
-            logits = model(
-                input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=1
-            ).logits
+            given = read_beginning(model, ids, mask, int(mask.sum(dim=1).min()) - 1)
+            logits = model(**given, logits_to_keep=1).logits
             result[chosen] = logits[:, -1, tokens].float().cpu()
     return result
 

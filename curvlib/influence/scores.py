@@ -19,6 +19,7 @@ from curvlib.evaluate.generate import evaluating
 from curvlib.evaluate.likelihood import token_losses
 from curvlib.influence.gradients import BATCH_SIZE, Gradients, check_examples, in_batches
 from curvlib.parameters import trainable
+from curvlib.prefix import token_positions
 
 Solve = Callable[[Tensor], Tensor]
 
@@ -135,7 +136,7 @@ def _states(model: nn.Module, examples: Sequence[Example]) -> Tensor:
             states = model(
                 input_ids=batch.input_ids.to(device),
                 attention_mask=mask,
-                position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0),
+                position_ids=token_positions(mask),
                 use_cache=False,
                 logits_to_keep=1,
                 output_hidden_states=True,

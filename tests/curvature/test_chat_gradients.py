@@ -28,3 +28,15 @@ def test_sampled_answers_change_with_their_generator_alone() -> None:
     ]
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])
+
+
+def test_several_draws_are_those_of_one_generator_one_after_the_other() -> None:
+    model, batch = cases.pair()[0], cases.batches(2)[0]
+
+    def drawn(labels: torch.Generator, draws: int) -> torch.Tensor:
+        return chat_gradients(model, batch, fisher="sampled", labels=labels, draws=draws)
+
+    one_by_one = torch.Generator().manual_seed(0)
+    apart = torch.cat([drawn(one_by_one, 1) for _ in range(3)])
+    assert cases.relative_error(drawn(torch.Generator().manual_seed(0), 3), apart) < 1e-6
+    assert cases.relative_error(apart[: len(batch)], apart[len(batch) : 2 * len(batch)]) > 1e-2

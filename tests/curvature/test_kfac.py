@@ -26,6 +26,7 @@ class SoftmaxRegression(nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(1)
         vectors = torch.randn(SYMBOLS, INPUTS, generator=generator, dtype=torch.float64)
+        self.config = None
         self.vectors = nn.Embedding.from_pretrained(vectors)
         self.linear = nn.Linear(INPUTS, classes, bias=bias, dtype=torch.float64)
         for parameter in self.linear.parameters():

@@ -1,0 +1,62 @@
+"""Run what all rows of a batch begin with only once: a chat template opens every prompt with the same tokens."""
+
+from __future__ import annotations
+
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+
+def token_positions(mask: Tensor) -> Tensor:
+    """Return each token's place (B, T) in its own row, from an attention mask; padding takes no place."""
+    return (mask.cumsum(dim=1) - 1).clamp(min=0)
+
+
+def cache_argument(model: Any) -> str:
+    """Return the name under which ``model`` takes its key-value cache: transformers changed it in version 5.24."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "cache" if "cache" in signature(type(base).forward).parameters else "past_key_values"
+
+
+def common_beginning(ids: Tensor, mask: Tensor, most: int) -> int:
+    """Return how many tokens, at most ``most``, all rows of left-padded ids (B, T) begin with.
+
+    >>> common_beginning(torch.tensor([[0, 5, 6, 7], [5, 6, 8, 9]]), torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]]), 3)
+    2
+    """
+    most = max(0, most)
+    places = (mask.shape[1] - mask.sum(dim=1))[:, None] + torch.arange(most, device=ids.device)
+    heads = ids.gather(1, places)
+    return int((heads == heads[0]).all(dim=0).long().cumprod(dim=0).sum())
+
+
+def read_beginning(model: Any, ids: Tensor, mask: Tensor, most: int) -> dict[str, Any]:
+    """Run the common beginning of all rows once, and return the arguments of the call that runs the rest.
+
+    Args:
+        model: a decoder-only language model.
+        ids: left-padded tokens (B, T).
+        mask: 1 at tokens, 0 at padding, (B, T).
+        most: tokens that may be taken from a row; each has more than that.
+
+    Returns:
+        ``input_ids`` and ``position_ids`` (B, T - P) of what is left, still left-padded; ``attention_mask`` (B, T) of
+        the P tokens read and of what is left; ``use_cache``, and the cache with the P tokens' keys and values.
+
+    Cost: one forward over (1, P).
+    """
+    name, cache = cache_argument(model), DynamicCache(config=model.config)
+    count = common_beginning(ids, mask, most) if len(ids) > 1 else 0
+    if count:
+        padding = (mask.shape[1] - mask.sum(dim=1))[:, None]
+        first = int(padding[0])
+        model(input_ids=ids[:1, first : first + count], logits_to_keep=1, use_cache=True, **{name: cache})
+        cache.batch_repeat_interleave(len(ids))
+        places = torch.arange(ids.shape[1] - count, device=ids.device).expand(len(ids), -1)
+        kept = places + count * (places >= padding)
+        ids, mask = ids.gather(1, kept), nn.functional.pad(mask.gather(1, kept), (count, 0), value=1)
+    positions = token_positions(mask)[:, mask.shape[1] - ids.shape[1] :]
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "use_cache": True, name: cache}
