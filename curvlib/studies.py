@@ -12,6 +12,7 @@ from typing import Any
 from curvlib import fetch
 from curvlib.defenses import study as methods
 from curvlib.errors import CurvlibError
+from curvlib.evaluate import study as degradation
 from curvlib.influence import study as influence
 from curvlib.landscape import study as landscape
 from curvlib.report import Claim, device_name, installed_versions, write_atomically
@@ -19,6 +20,7 @@ from curvlib.tiers import Tier, get_tier
 
 Measured = tuple[list[Claim], list[dict[str, Any]]]
 STUDIES: dict[str, Callable[[Tier], Measured]] = {
+    "degradation": degradation.run,
     "influence": influence.run,
     "landscape": landscape.run,
     "methods": methods.run,

@@ -133,7 +133,7 @@ def window_radius(tier: Tier) -> float:
         found = adaptive_radius(aligned, direction_pair(tier, 0), all_losses(tier, aligned), rise=RISE)
         (folder / "radius.txt").write_text(repr(found), "utf-8")
 
-    return float((artifact("radius", _key(tier), build) / "radius.txt").read_text("utf-8"))
+    return float((artifact("radius", key(tier), build) / "radius.txt").read_text("utf-8"))
 
 
 def window(tier: Tier, place: Place, pair: int, *, points: int | None = None) -> Slice:
@@ -148,7 +148,7 @@ def window(tier: Tier, place: Place, pair: int, *, points: int | None = None) ->
     Cost: points² forward passes over all chats packed in one row.
     """
     radius, count = window_radius(tier), points or tier.landscape_points
-    config = _key(tier) | {"place": _name(tier, place), "pair": pair, "points": count, "radius": radius}
+    config = key(tier) | {"place": place_name(tier, place), "pair": pair, "points": count, "radius": radius}
 
     def build(folder: Path) -> None:
         model, origin = _load(tier, place)
@@ -220,13 +220,14 @@ def _load(tier: Tier, place: Place) -> tuple[nn.Module, list[tuple[Direction, fl
     return stages.load_fine_tuned(tier, place.recipe), []
 
 
-def _name(tier: Tier, place: Place) -> list[Any]:
+def place_name(tier: Tier, place: Place) -> list[Any]:
+    """Return what tells a place from every other one, as JSON values."""
     if place.recipe is None:
         return ["aligned"]
     return [stages.fine_tuned(tier, place.recipe).parent.name, *([place.seed] if place.noise else [])]
 
 
-def _key(tier: Tier) -> dict[str, Any]:
+def key(tier: Tier) -> dict[str, Any]:
     """Return what every measurement depends on: the aligned model, the chats and the code that measures."""
     source = stages.aligned_source(tier)
     shown = packed_chats(tier)

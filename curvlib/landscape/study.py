@@ -10,14 +10,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from curvlib import models, stages
-from curvlib.artifacts import artifact
-from curvlib.batches import Example
+from curvlib.artifacts import artifact, code_digest
+from curvlib.curvature import forward, ggn, lanczos
 from curvlib.curvature.lanczos import Eigenpairs, eigenpairs
 from curvlib.evaluate.intervals import Estimate, bootstrap
-from curvlib.landscape import compare, recipe
+from curvlib.landscape import compare, recipe, subspace
 from curvlib.landscape.recipe import ALIGNED, LOSSES, SUBSPACE_RANK, Place, label, surfaces, windows
 from curvlib.landscape.subspace import Subspace, spanned_by
 from curvlib.progress import bar
@@ -53,7 +54,7 @@ def run(tier: Tier) -> tuple[list[Claim], list[Row]]:
 def cell(tier: Tier, method: str, fine_tune: FineTune) -> list[Row]:
     """Return the rows of one fine-tune, one a loss, measured now or before."""
     sizes = {name: getattr(tier, name) for name in vars(tier) if name.startswith("landscape_")}
-    config = {"fine_tune": stages.fine_tuned(tier, fine_tune).parent.name, "sizes": sizes, "version": 1}
+    config = {"fine_tune": stages.fine_tuned(tier, fine_tune).parent.name, "sizes": sizes, "version": 2}
 
     def build(folder: Path) -> None:
         views, bends = window_rows(tier, fine_tune), curvature_rows(tier, fine_tune)
@@ -95,15 +96,14 @@ def curvature_rows(tier: Tier, fine_tune: FineTune) -> dict[str, Row]:
 
     For the task there is also the curvature along the fine-tuning step, the refusal gradient and a random step.
     """
-    base: nn.Module = stages.load_aligned(tier)[0]
     tuned: Any = stages.load_fine_tuned(tier, fine_tune)
     chats = recipe.landscape_chats(tier, models.load_tokenizer(stages.aligned_source(tier)))
     step = recipe.step_of(tier, fine_tune)
     space = spanned_by(step, SUBSPACE_RANK)
     found: dict[str, Row] = {}
     for loss in CURVED:
-        before, again = (top(tier, base, space, chats[loss], seed=seed) for seed in (0, 1))
-        after = top(tier, tuned, space, chats[loss], seed=2)
+        before, again = (eigenspace(tier, fine_tune, ALIGNED, loss, seed=seed) for seed in (0, 1))
+        after = eigenspace(tier, fine_tune, Place(fine_tune), loss, seed=2)
         found[loss] = {
             "top_before": float(before.values[0]),
             "top_after": float(after.values[0]),
@@ -124,14 +124,32 @@ def curvature_rows(tier: Tier, fine_tune: FineTune) -> dict[str, Row]:
     return found
 
 
-def top(tier: Tier, model: nn.Module, space: Subspace, chats: Sequence[Example], *, seed: int) -> Eigenpairs:
-    """Return the top eigenpairs of one loss's curvature over a subspace, a third as many as products are allowed.
+def eigenspace(tier: Tier, fine_tune: FineTune, place: Place, loss: str, *, seed: int = 0) -> Eigenpairs:
+    """Return the top eigenpairs of one loss's curvature at a place, a third as many as products are allowed; made once.
 
-    Compare two models with different seeds: Krylov spaces from one start share it, and overlap for that reason alone.
+    They live in the subspace that the fine-tune's step spans. Compare two places with different seeds: Krylov spaces
+    from one start share it, and overlap for that reason alone.
     """
-    count = max(2, tier.landscape_products // 3)
-    with recipe.curvature(model, space, chats) as operator:
-        return eigenpairs(operator, largest=count, max_products=tier.landscape_products, tolerance=1e-2, seed=seed)
+    config = recipe.key(tier) | {
+        "subspace": [stages.fine_tuned(tier, fine_tune).parent.name, SUBSPACE_RANK],
+        "place": recipe.place_name(tier, place),
+        "loss": loss,
+        "products": tier.landscape_products,
+        "seed": seed,
+        "curvature": code_digest(Path(str(module.__file__)) for module in (forward, ggn, lanczos, subspace)),
+    }
+
+    def build(folder: Path) -> None:
+        model: nn.Module = stages.load_fine_tuned(tier, place.recipe) if place.recipe else stages.load_aligned(tier)[0]
+        chats = recipe.landscape_chats(tier, models.load_tokenizer(stages.aligned_source(tier)))[loss]
+        count, space = max(2, tier.landscape_products // 3), spanned_by(recipe.step_of(tier, fine_tune), SUBSPACE_RANK)
+        with recipe.curvature(model, space, chats) as operator:
+            found = eigenpairs(operator, largest=count, max_products=tier.landscape_products, tolerance=1e-2, seed=seed)
+        tensors = {name: getattr(found, name).contiguous().cpu() for name in ("values", "vectors", "residuals")}
+        save_file(tensors | {"products": torch.tensor(found.products)}, folder / "pairs.safetensors")
+
+    kept = load_file(artifact("eigenspace", config, build) / "pairs.safetensors")
+    return Eigenpairs(kept["values"], kept["vectors"], kept["residuals"], int(kept["products"]))
 
 
 def random_vector(space: Subspace, seed: int = 0) -> Tensor:
