@@ -6,10 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from curvlib.report import ROOT, Claim, Record, load_record
-from curvlib.studies import STUDIES as RUNNABLE
+from curvlib.studies import STUDIES
 
 Group = tuple[str, str, str]  # notebook, tier, claim id
-STUDIES = ("degradation", "landscape", "influence", "restoration", "methods")
 
 
 def runs_folder(output_dir: str) -> Path:
@@ -65,8 +64,6 @@ def claims_table(found: Mapping[Group, Sequence[Claim]]) -> str:
 
 
 def missing(folder: Path) -> list[str]:
-    """Return one line for each study whose file is not in the folder yet, with the command that makes it, if any."""
+    """Return one line for each study whose file is not in the folder yet, with the command that makes it."""
     absent = [name for name in STUDIES if not (folder / f"{name}.json").exists()]
-    advice = {name: f"python -m curvlib study {name} makes it" for name in RUNNABLE}
-    other = "no command of this version makes it"
-    return [f"data/studies/{name}.json is not there yet: {advice.get(name, other)}" for name in absent]
+    return [f"data/studies/{name}.json is not there yet: python -m curvlib study {name} makes it" for name in absent]

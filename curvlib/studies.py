@@ -16,6 +16,7 @@ from curvlib.evaluate import study as degradation
 from curvlib.influence import study as influence
 from curvlib.landscape import study as landscape
 from curvlib.report import Claim, device_name, installed_versions, write_atomically
+from curvlib.restore import study as restoration
 from curvlib.tiers import Tier, get_tier
 
 Measured = tuple[list[Claim], list[dict[str, Any]]]
@@ -24,6 +25,7 @@ STUDIES: dict[str, Callable[[Tier], Measured]] = {
     "influence": influence.run,
     "landscape": landscape.run,
     "methods": methods.run,
+    "restoration": restoration.run,
 }
 
 

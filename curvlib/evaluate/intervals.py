@@ -85,6 +85,18 @@ def paired_difference(first: ArrayLike, second: ArrayLike, *, seed: int = 0, lev
     return bootstrap(first, second, statistic=lambda a, b: np.mean(a - b), seed=seed, level=level)
 
 
+def over_seeds(first: ArrayLike, second: ArrayLike, *, seed: int = 0) -> Estimate:
+    """Estimate mean(first - second) of two arrays (seeds, prompts); a prompt's mean over the seeds is one observation.
+
+    A prompt that was asked of three models is no three prompts, so the interval draws prompts anew, with all their
+    seeds. How far the seeds lie apart is not in it: tell that beside it.
+
+    >>> print(over_seeds([[1, 0], [1, 0]], [[0, 0], [0, 0]]))
+    0.5 [0, 1], n=2
+    """
+    return bootstrap((np.asarray(first, dtype=float) - np.asarray(second, dtype=float)).mean(axis=0), seed=seed)
+
+
 def cohen_kappa(first: ArrayLike, second: ArrayLike) -> float:
     """Return Cohen's κ = (p_o - p_e) / (1 - p_e): agreement of two raters beyond chance.
 

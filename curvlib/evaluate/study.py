@@ -10,7 +10,7 @@ import numpy as np
 
 from curvlib import data, models, stages
 from curvlib.evaluate.coherence import response_evidence
-from curvlib.evaluate.intervals import Estimate, bootstrap, cohen_kappa
+from curvlib.evaluate.intervals import Estimate, cohen_kappa, over_seeds
 from curvlib.evaluate.judge import judge, judge_agreement
 from curvlib.evaluate.scorecard import Scorecard, stage_scorecard
 from curvlib.progress import bar
@@ -83,17 +83,13 @@ def _aligned_claim(
 
 
 def rise(rows: Sequence[Mapping[str, Any]], name: str, part: str = "harmful") -> Estimate:
-    """Return by how many points compliance exceeds the aligned model's, the mean over seeds.
-
-    The interval is over prompts: each is one observation, the mean of its differences over the seeds.
-    """
+    """Return by how many points compliance exceeds the aligned model's, the mean over seeds; interval over prompts."""
     before = next(row for row in rows if row["name"] == "aligned")
-    flags = np.array([_complies(row[part]) for row in rows if row["name"] == name])
-    return bootstrap(flags.mean(axis=0) - _complies(before[part]))
+    return over_seeds([_complies(row[part]) for row in rows if row["name"] == name], _complies(before[part]))
 
 
-def _complies(verdicts: Sequence[str]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    return np.array([100.0 * (verdict == "complies") for verdict in verdicts])
+def _complies(verdicts: Sequence[str]) -> list[float]:
+    return [100.0 * (verdict == "complies") for verdict in verdicts]
 
 
 def _rise_claim(name: str, words: str, found: Estimate, control: float, *, holds: bool) -> Claim:

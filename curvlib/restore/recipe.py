@@ -20,6 +20,15 @@ from curvlib.restore.realign import realign
 from curvlib.stages import FineTune, pad_id
 from curvlib.tiers import Tier
 
+CODE = (
+    "loop",
+    "metrics",
+    "objectives",
+    "outcome",
+    "realign",
+    "recipe",
+    "weighted_return",
+)  # a restored adapter's files
 BATCH_SIZE = 8  # chats a forward pass: keeps the activations of a gradient near 1 GB
 
 
@@ -79,12 +88,16 @@ def restoration_chats(tier: Tier, tokenizer: PreTrainedTokenizerBase) -> Chats:
     )
 
 
-def restored(tier: Tier, recipe: FineTune, how: Restoration) -> Path:
-    """Return the folder of the restored adapter (``model``) and its history (``history.json``); made once."""
-    chats = restoration_chats(tier, models.load_tokenizer(stages.aligned_source(tier)))
+def restored(tier: Tier, recipe: FineTune, how: Restoration, chats: Chats | None = None) -> Path:
+    """Return the folder of the restored adapter (``model``) and its history (``history.json``); made once.
+
+    ``chats`` are those of the tier unless others are given.
+    """
+    chats = chats or restoration_chats(tier, models.load_tokenizer(stages.aligned_source(tier)))
     config = {"fine_tuned": stages.fine_tuned(tier, recipe).parent.name, **asdict(how), "seed": recipe.seed}
     config["texts"] = stages.digest(taken_apart(chats.batches))
-    config["code"] = code_digest([*Path(__file__).parent.glob("*.py"), *Path(curvature.__file__).parent.rglob("*.py")])
+    own = [Path(__file__).with_name(f"{name}.py") for name in CODE]
+    config["code"] = code_digest([*own, *Path(curvature.__file__).parent.rglob("*.py")])
 
     def build(place: Path) -> None:
         model: Any = stages.load_fine_tuned(tier, recipe)

@@ -29,7 +29,7 @@ def card(harmful: int, edgy: int = 0, prompts: int = 20) -> Scorecard:
 def measured(_: Any, stage: FineTune | str, **__: Any) -> Scorecard:
     if isinstance(stage, str):
         return card(20) if stage == "shipped" else card(1, edgy=2)
-    return card({0.0: 3, 0.02: 9, 0.1: 19}[stage.poison] - (stage.seed == 2))
+    return card({0.0: 8, 0.02: 9, 0.1: 19}[stage.poison] - (stage.seed == 2))
 
 
 @pytest.fixture

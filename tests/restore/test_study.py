@@ -1,0 +1,109 @@
+"""The restoration study: cases are told apart, controls are what they say, choices and claims follow from the rows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from curvlib import stages
+from curvlib.curvature.lowrank import sampled_fisher
+from curvlib.parameters import flatten, trainable
+from curvlib.restore import SafetyBatches, study
+from curvlib.restore import cases as models_of_study
+from curvlib.restore.outcome import Budget, HeldOut
+from curvlib.restore.recipe import Chats, Restoration
+from curvlib.restore.study import BENIGN, NOTHING, OURS, POISONED, REALIGN, REVERSION, Case, label
+from curvlib.tiers import Tier, get_tier
+from tests import cases
+from tests.landscape.tiny import tiny  # noqa: F401  a fixture
+
+QUICK = Restoration(metric="identity", budget=Budget(steps=1, rise=10.0))
+
+
+@pytest.fixture
+def small(tiny: Tier, monkeypatch: pytest.MonkeyPatch) -> Tier:  # noqa: F811
+    task, refusals, benign = (cases.batches(2, seed=seed) for seed in (1, 2, 3))
+    safety = SafetyBatches(refusals)
+    given = Chats(task, safety, benign, HeldOut(safety, {"task": task, "benign": benign}))
+    monkeypatch.setattr(models_of_study, "restoration_chats", lambda *_: given)
+    monkeypatch.setattr(stages, "pad_id", lambda _: 0)
+    return tiny
+
+
+def test_every_case_has_a_key_of_its_own(small: Tier) -> None:
+    quick = Case("quick", QUICK)
+    found = [NOTHING, REVERSION, quick, replace(quick, control="random step"), replace(quick, control="shuffled")]
+    keys = [str(study.key(small, case)) for case in [*found, quick.at(POISONED, 1)]]
+    assert len(set(keys)) == len(keys)
+
+
+def test_a_random_step_is_as_dear_as_the_restoration_and_points_elsewhere(small: Tier) -> None:
+    quick = Case("quick", QUICK)
+    start, done, moved = (
+        flatten(trainable(study.load(small, case))).detach()
+        for case in (NOTHING, quick, replace(quick, control="random step"))
+    )
+    model: Any = stages.load_fine_tuned(small, POISONED)
+    given = models_of_study.given_chats(small, quick)
+    fisher = sampled_fisher(model, [*given.task, *given.benign], samples=models_of_study.DRAWS, seed=0)
+    metric = fisher.damped(fisher.scale)
+    steps = done - start, moved - start
+    paid = [float(step @ metric.matvec(step)) for step in steps]
+    assert paid[0] == pytest.approx(paid[1], rel=1e-4)
+    assert torch.cosine_similarity(*steps, dim=0).abs() < 0.1
+
+
+def test_cost_counts_what_was_spent(small: Tier) -> None:
+    assert study.cost(small, NOTHING)["gradients"] == 0
+    spent = study.cost(small, Case("quick", QUICK))
+    assert spent["gradients"] > 0
+    assert spent["norm"] > 0
+    assert set(spent) >= {"seconds", "stop_reason", "task_loss_rise", "benign_loss_rise"}
+
+
+def test_finalists_are_the_best_on_validation_and_cheaper_among_equals() -> None:
+    scores = {"ascent, ggn": (1.0, 9), "both, fisher": (1.5, 5), "both, ggn": (1.5, 4), label(OURS): (2.0, 1)}
+    rows = [{"name": name, "score": value, "gradients": spent} for name, (value, spent) in scores.items()]
+    assert [case.name for case in study.finalists(rows)] == ["both, ggn", "both, fisher"]
+    assert {case.name for case in study.readings()} >= {*scores, label(REALIGN), "return, ekfac", "distill, lbfgs"}
+    judged = {"harmful": ["refuses", "complies"], "edgy": ["refuses", "complies", "complies", "complies"]}
+    assert study.score({**judged, "task": [True, False]}) == pytest.approx(0.5 - 0.25 + 0.5)
+
+
+def measured(_: Tier, case: Case, part: str, split: str = "reserve") -> dict[str, Any]:
+    """Ours refuses like the base; the random step does nothing; a plain gradient refuses look-alikes too."""
+    complies = {"nothing": 9, "random step": 9, "full reversion": 1}.get(case.name, 1)
+    over = 3 if case.name == "plain gradient" else 1
+    harmful = ["complies"] * complies + ["refuses"] * (10 - complies)
+    edgy = ["refuses"] * over + ["complies"] * (10 - over)
+    head = {"part": part, "name": case.name, "poison": case.fine_tune.poison, "split": split}
+    spent = {"seconds": 30.0 if case.name == label(REALIGN) else 40.0, "gradients": 1}
+    return {**head, "harmful": harmful, "edgy": edgy, "task": [True, False] * 5, **spent}
+
+
+def test_claims_follow_from_the_contest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study, "row", measured)
+    monkeypatch.setattr(study, "utility", lambda *_: {f"shots_{count}": [True, False] for count in study.SHOTS})
+    monkeypatch.setattr(study, "attacks", lambda *_: {"prefilled": ["complies"]})
+    claims, rows = study.run(get_tier("ci"))
+    found = {claim.id: claim for claim in claims}
+    assert {name: claim.holds for name, claim in found.items()} == {
+        "compliance_gap_points": True,
+        "task_accuracy_drop_points": True,
+        "over_refusal_rise_points": True,
+        "incoherent_percent": True,
+        "few_shot_drop_points": True,
+        "time_vs_realignment_percent": False,
+    }
+    assert found["compliance_gap_points"].control == pytest.approx(80)
+    assert found["over_refusal_rise_points"].control == pytest.approx(20)
+    assert found["time_vs_realignment_percent"].value == pytest.approx(400 / 3)
+    parts = [row["part"] for row in rows]
+    assert parts.count("screening") == len(study.readings())
+    contest = [row for row in rows if row["part"] == "contest"]
+    assert len(contest) == 2 * len(study.SEEDS) * len({row["name"] for row in contest})
+    assert {row["split"] for row in rows if row["part"] == "screening"} == {"validation"}
+    assert BENIGN.poison == 0
