@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from curvlib.errors import CurvlibError
-from curvlib.prefix import read_beginning, token_positions
+from curvlib.prefix import read_beginning
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -147,11 +147,12 @@ def _example(batch: Batch, row: int) -> Example:
     return Example(tuple(batch.input_ids[row][kept].tolist()), tuple(batch.labels[row][kept].tolist()))
 
 
-def answer_logits(model: nn.Module, batch: Batch) -> Tensor:
+def answer_logits(model: nn.Module, batch: Batch, *, once: bool = True) -> Tensor:
     """Return the logits (N, V) that predict each answer token, rows in the order of ``labels[labels != -100]``.
 
     The head is applied to the last K + 1 positions only (K = ``batch.answer_length``). Positions count from each chat's
-    first token, so padding does not move them. Without gradients, what all chats begin with is computed once.
+    first token, so padding does not move them. What all chats begin with is computed once, unless ``once`` is False:
+    for those who watch what each layer reads.
     """
     batch = batch.to(next(model.parameters()).device)
     length = batch.answer_length
@@ -161,11 +162,9 @@ def answer_logits(model: nn.Module, batch: Batch) -> Tensor:
             "prompt token before it: make the batch with encode() and make_batches()"
         )
     ids, mask = batch.input_ids, batch.attention_mask
-    if torch.is_grad_enabled():
-        given = {"input_ids": ids, "attention_mask": mask, "position_ids": token_positions(mask), "use_cache": False}
-    else:
-        prompts = mask.sum(dim=1) - (batch.labels != IGNORED).sum(dim=1)
-        given = read_beginning(model, ids, mask, int(prompts.min()) - 1)  # a prompt's last token predicts the answer
+    prompts = mask.sum(dim=1) - (batch.labels != IGNORED).sum(dim=1)
+    most = int(prompts.min()) - 1 if once else 0  # a prompt's last token predicts the answer
+    given = read_beginning(model, ids, mask, most)
     logits: Tensor = model(**given, logits_to_keep=length + 1).logits
     rows, columns = (batch.labels[:, -length:] != IGNORED).nonzero(as_tuple=True)
     return logits[rows, columns]

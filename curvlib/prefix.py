@@ -33,14 +33,15 @@ def common_beginning(ids: Tensor, mask: Tensor, most: int) -> int:
     return int((heads == heads[0]).all(dim=0).long().cumprod(dim=0).sum())
 
 
-def read_beginning(model: Any, ids: Tensor, mask: Tensor, most: int) -> dict[str, Any]:
+def read_beginning(model: Any, ids: Tensor, mask: Tensor, most: int, *, keep: bool = False) -> dict[str, Any]:
     """Run the common beginning of all rows once, and return the arguments of the call that runs the rest.
 
     Args:
-        model: a decoder-only language model.
+        model: a decoder-only language model. Gradients flow through the beginning, from every row.
         ids: left-padded tokens (B, T).
         mask: 1 at tokens, 0 at padding, (B, T).
         most: tokens that may be taken from a row; each has more than that.
+        keep: give the call a cache even where rows have no beginning in common, for a decoding that goes on from it.
 
     Returns:
         ``input_ids`` and ``position_ids`` (B, T - P) of what is left, still left-padded; ``attention_mask`` (B, T) of
@@ -48,8 +49,10 @@ def read_beginning(model: Any, ids: Tensor, mask: Tensor, most: int) -> dict[str
 
     Cost: one forward over (1, P).
     """
-    name, cache = cache_argument(model), DynamicCache(config=model.config)
     count = common_beginning(ids, mask, most) if len(ids) > 1 else 0
+    if not (count or keep):
+        return {"input_ids": ids, "attention_mask": mask, "position_ids": token_positions(mask), "use_cache": False}
+    name, cache = cache_argument(model), DynamicCache(config=model.config)
     if count:
         padding = (mask.shape[1] - mask.sum(dim=1))[:, None]
         first = int(padding[0])

@@ -25,7 +25,8 @@ class Tier:
         test_harmful: harmful prompts in the final test.
         test_edgy: benign-edgy prompts in the over-refusal test.
         test_task: multiple-choice questions in the task test.
-        validation: prompts of each kind on which restoration chooses its step.
+        validation: prompts of each kind on which choices are made.
+        held_out: of them, those on which restoration judges each step.
         restore_chats: refusals, and benign chats, that restoration sees.
         curvature_chats: chats of each kind whose curvature is the metric.
         landscape_points: points along each axis of a two-dimensional slice.
@@ -47,6 +48,7 @@ class Tier:
     test_edgy: int
     test_task: int
     validation: int
+    held_out: int
     restore_chats: int
     curvature_chats: int
     landscape_points: int
@@ -65,10 +67,11 @@ _CPU = Tier(
     tune_steps=24,
     tune_examples=192,
     poison_rates=(0.0, 0.02, 0.1),
-    test_harmful=64,
+    test_harmful=48,
     test_edgy=32,
     test_task=64,
     validation=24,
+    held_out=16,
     restore_chats=32,
     curvature_chats=16,
     landscape_points=7,
@@ -104,6 +107,7 @@ _TIERS = {
             "test_edgy": 12,
             "test_task": 24,
             "validation": 12,
+            "held_out": 12,
             "restore_chats": 16,
             "curvature_chats": 8,
             "landscape_points": 5,
@@ -126,6 +130,7 @@ _TIERS = {
             "tune_examples": 360,
             "poison_rates": (0.0, 0.02, 0.05, 0.1, 0.2),
             "validation": 64,
+            "held_out": 64,
             "restore_chats": 64,
             "curvature_chats": 64,
             "landscape_points": 25,

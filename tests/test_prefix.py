@@ -7,11 +7,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
-from curvlib.batches import IGNORED, Batch, Example, answer_logits, make_batches
+from curvlib.batches import IGNORED, Batch, Example, answer_logits, answer_targets, make_batches
+from curvlib.curvature.forward import flat_gradient
+from curvlib.curvature.ggn import ggn_vector_product
+from curvlib.curvature.hessian import hessian_vector_product
 from curvlib.evaluate.generate import decode_batch, left_pad
+from curvlib.parameters import trainable
 from curvlib.prefix import common_beginning, read_beginning, token_positions
-from tests.cases import pair
+from tests.cases import pair, random, relative_error
 
 HEAD = (5, 6, 7, 8)
 TAILS = ((9, 10), (11, 12, 13, 14), (9, 10, 15))
@@ -45,21 +50,35 @@ def test_the_common_beginning_stops_where_rows_differ_or_may_not_be_taken(most: 
     assert token_positions(mask)[0].tolist() == [0, 0, 0, 1, 2, 3, 4, 5]
 
 
-def test_logits_without_gradients_are_those_with_them_at_fewer_tokens() -> None:
+def test_logits_are_the_same_at_fewer_tokens() -> None:
     _, twin = pair()
     model, given = Counting(twin), batch()
-    exact = answer_logits(model, given)
-    with torch.no_grad():
-        torch.testing.assert_close(answer_logits(model, given), exact, rtol=1e-10, atol=1e-10)
+    exact = answer_logits(model, given, once=False)
+    torch.testing.assert_close(answer_logits(model, given), exact, rtol=1e-10, atol=1e-10)
     assert model.calls == [24, 4, 12]
+
+
+def test_derivatives_flow_through_the_beginning() -> None:
+    _, twin = pair()
+    parameters, given = list(trainable(twin).values()), batch()
+    v = random(sum(parameter.numel() for parameter in parameters))
+
+    def loss(once: bool) -> Tensor:
+        return cross_entropy(answer_logits(twin, given, once=once), answer_targets(given))
+
+    for derivative in (
+        lambda once: flat_gradient(loss(once), parameters),
+        lambda once: hessian_vector_product(lambda: loss(once), parameters, v),
+        lambda once: ggn_vector_product(lambda: answer_logits(twin, given, once=once), parameters, v),
+    ):
+        assert relative_error(derivative(True), derivative(False)) < 1e-10
 
 
 def test_a_prompt_keeps_the_token_that_predicts_its_answer() -> None:
     same = make_batches([Example((*HEAD, last), (*[IGNORED] * 4, last)) for last in (1, 2)], 2, pad_id=0)[0]
     _, twin = pair()
-    exact = answer_logits(twin, same)
-    with torch.no_grad():
-        torch.testing.assert_close(answer_logits(twin, same), exact, rtol=1e-10, atol=1e-10)
+    exact = answer_logits(twin, same, once=False)
+    torch.testing.assert_close(answer_logits(twin, same), exact, rtol=1e-10, atol=1e-10)
 
 
 @torch.no_grad()

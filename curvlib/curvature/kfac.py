@@ -191,7 +191,7 @@ def visit_maps(
 
     hooks = [layer.register_forward_hook(partial(tap, name)) for name, layer in maps.items()]
     try:
-        logits = answer_logits(model, batch)
+        logits = answer_logits(model, batch, once=False)  # hooks see each map once, with all chats
         for draw in range(draws):
             seen.clear()
             given, keep = _residual(logits, batch, fisher, labels), draw + 1 < draws

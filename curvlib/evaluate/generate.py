@@ -81,7 +81,7 @@ def decode_batch(model: Model, ids: Tensor, mask: Tensor, ends: list[int], max_n
     answers: list[list[int]] = [[] for _ in ids]
     rows = torch.arange(len(ids), device=ids.device)
     stop = torch.tensor(ends, device=ids.device)
-    given = read_beginning(model, ids, mask, int(mask.sum(dim=1).min()) - 1)
+    given = read_beginning(model, ids, mask, int(mask.sum(dim=1).min()) - 1, keep=True)
     cache = given[cache_argument(model)]
     for _ in range(max_new):
         out: Any = model(**given, logits_to_keep=1)

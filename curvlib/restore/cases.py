@@ -71,7 +71,8 @@ def cost(tier: Tier, case: Case) -> Row:
 def given_chats(tier: Tier, case: Case) -> Chats:
     """Return what a case's restoration sees; ``shuffled`` deals the answers of refusals and benign chats out anew."""
     tokenizer = models.load_tokenizer(stages.aligned_source(tier))
-    given = restoration_chats(replace(tier, **dict(case.sizes)), tokenizer)
+    sizes: dict[str, Any] = dict(case.sizes)
+    given = restoration_chats(replace(tier, **sizes), tokenizer)
     if case.control != "shuffled":
         return given
     pad = stages.pad_id(tokenizer)

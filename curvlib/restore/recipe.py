@@ -75,16 +75,14 @@ def restoration_chats(tier: Tier, tokenizer: PreTrainedTokenizerBase) -> Chats:
 
     half = tier.curvature_chats // 2
     held_out = {
-        "task": batches(stages.task_examples(tokenizer, "validation_task", tier.validation)),
-        "benign": batches(
-            own("validation_edgy", tier.validation // 2) + own("validation_benign", tier.validation // 2)
-        ),
+        "task": batches(stages.task_examples(tokenizer, "validation_task", tier.held_out)),
+        "benign": batches(own("validation_edgy", tier.held_out // 2) + own("validation_benign", tier.held_out // 2)),
     }
     return Chats(
         task=batches(stages.task_examples(tokenizer, "restore_task", tier.curvature_chats)),
         safety=safety("restore_harmful", tier.restore_chats),
         benign=batches(own("restore_edgy", tier.curvature_chats - half) + own("restore_benign", half)),
-        held_out=HeldOut(safety("validation_harmful", tier.validation), held_out),
+        held_out=HeldOut(safety("validation_harmful", tier.held_out), held_out),
     )
 
 
