@@ -20,6 +20,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,7 +90,7 @@ def restore(
     parts, protected = objectives.terms(objective, safety_batches, task_batches, benign), [*task_batches, *benign]
     search = _Search(Judge.of(model, objective, held_out), parts, protected, list(trainable(model).values()), budget)
     if isinstance(metric, str):
-        given = {"compliances": safety_batches.compliances, "seed": seed}
+        given: dict[str, Any] = {"compliances": safety_batches.compliances, "seed": seed}
         return search.result(partial(build_metric, metric, model, protected, **given))
     return search.result(lambda damping, **_: metric.damped(damping))
 
