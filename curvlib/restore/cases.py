@@ -41,6 +41,7 @@ class Case:
         name: for readers.
         how: the reading; None for a model that is not restored.
         control: what is changed against the reading, see :func:`load`; empty for the reading itself.
+        alone: only safety chats are given, and no task or benign chat holds a step back.
         fine_tune: what is restored.
         sizes: fields of the tier that differ, such as ``("restore_chats", 4)``.
     """
@@ -50,6 +51,7 @@ class Case:
     control: str = ""
     fine_tune: FineTune = POISONED
     sizes: tuple[tuple[str, int], ...] = ()
+    alone: bool = False
 
     def at(self, fine_tune: FineTune, seed: int) -> Case:
         """Return the same case for another fine-tune and seed."""
@@ -73,6 +75,8 @@ def given_chats(tier: Tier, case: Case) -> Chats:
     tokenizer = models.load_tokenizer(stages.aligned_source(tier))
     sizes: dict[str, Any] = dict(case.sizes)
     given = restoration_chats(replace(tier, **sizes), tokenizer)
+    if case.alone:
+        return replace(given, task=[], benign=[], held_out=replace(given.held_out, protected={}))
     if case.control != "shuffled":
         return given
     pad = stages.pad_id(tokenizer)

@@ -20,6 +20,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ from curvlib.evaluate.generate import Model
 from curvlib.parameters import assign, flatten, trainable
 from curvlib.progress import bar
 from curvlib.restore import objectives
-from curvlib.restore.metrics import Metric, build_metric
+from curvlib.restore.metrics import Metric, SavedMetric, build_metric
 from curvlib.restore.objectives import SafetyBatches, Term
 from curvlib.restore.outcome import Budget, HeldOut, Judge, RestorationResult, StepRecord, chats
 from curvlib.restore.weighted_return import weighted_return
@@ -46,7 +47,7 @@ def restore(
     held_out: HeldOut,
     benign_batches: Sequence[Batch] = (),
     objective: str = "refusal",
-    metric: str = "fisher",
+    metric: str | SavedMetric = "fisher",
     budget: Budget | None = None,
     seed: int = 0,
 ) -> RestorationResult:
@@ -60,7 +61,7 @@ def restore(
         benign_batches: benign and benign-edgy chats: their curvature is protected too, which keeps refusals selective.
         objective: ``refusal``, ``ascent``, ``both``, ``composite`` or ``distill``, see
             :mod:`curvlib.restore.objectives`; or ``return``, see :mod:`curvlib.restore.weighted_return`.
-        metric: see :mod:`curvlib.restore.metrics`.
+        metric: see :mod:`curvlib.restore.metrics`; a saved one needs neither task nor benign chats.
         budget: steps, trust region, allowed rise, damping.
         seed: of the metric's sampled labels.
 
@@ -74,6 +75,8 @@ def restore(
     """
     budget, benign = budget or Budget(), benign_batches
     if objective == "return":
+        if not isinstance(metric, str):
+            raise CurvlibError("a return measures its own curvature: give one of its metrics by name")
         return weighted_return(
             model,
             task_batches,
@@ -86,10 +89,10 @@ def restore(
         )
     parts, protected = objectives.terms(objective, safety_batches, task_batches, benign), [*task_batches, *benign]
     search = _Search(Judge.of(model, objective, held_out), parts, protected, list(trainable(model).values()), budget)
-    reason = search.run(
-        partial(build_metric, metric, model, protected, compliances=safety_batches.compliances, seed=seed)
-    )
-    return search.judge.result(search.steps, reason, products=search.products, gradients=search.gradients)
+    if isinstance(metric, str):
+        given: dict[str, Any] = {"compliances": safety_batches.compliances, "seed": seed}
+        return search.result(partial(build_metric, metric, model, protected, **given))
+    return search.result(lambda damping, **_: metric.damped(damping))
 
 
 @dataclass
@@ -105,6 +108,11 @@ class _Search:
     products: int = 0
     gradients: int = 0
     told: str = ""
+
+    def result(self, measured: Callable[..., Metric]) -> RestorationResult:
+        """Search, and return the restoration."""
+        reason = self.run(measured)
+        return self.judge.result(self.steps, reason, products=self.products, gradients=self.gradients)
 
     def run(self, measured: Callable[..., Metric]) -> str:
         """Take steps until one of the stopping rules holds, and return which; the metric is measured at the start."""

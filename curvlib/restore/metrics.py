@@ -13,6 +13,8 @@ the task and of benign chats, :math:`M = G + \lambda I`, it is minus the influen
 | ekfac | layer-wise Kronecker model | exact |
 | lbfgs | Hessian of the protected loss, seen along a few steps | L-BFGS with Powell's damping |
 | composite | Hessian of −L_comply + μ L_protected, seen along a few steps | the same |
+
+A metric may also be saved when an adapter is trained and serve without any of its data: :class:`SavedMetric`.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from curvlib.batches import Batch
 from curvlib.curvature.ggn import ggn
 from curvlib.curvature.hessian import hessian
 from curvlib.curvature.kfac import ekfac
+from curvlib.curvature.kronecker import EKFAC
 from curvlib.curvature.lowrank import LowRankOperator, sampled_fisher
 from curvlib.curvature.operator import CurvatureOperator, Operator
 from curvlib.curvature.solve import Solution, conjugate_gradient, curvature_pairs, lbfgs_inverse
@@ -48,6 +51,22 @@ class Metric:
     solve: Callable[[Tensor], Solution]
     gradients: int = 0
     products: int = 0
+
+
+@dataclass(frozen=True)
+class SavedMetric:
+    r"""An EK-FAC model that was fitted where the restoration starts, to ``rows`` gradients; no chats are needed.
+
+    :math:`\lambda` counts in traces over ``rows``, the mean non-zero eigenvalue of a sampled Fisher of as many rows.
+    """
+
+    model: EKFAC
+    rows: int
+
+    def damped(self, damping: float) -> Metric:
+        r"""Return the metric with :math:`\lambda` in that unit; its inverse is exact."""
+        unit = self.model.damping_scale * self.model.size / self.rows
+        return Metric(exactly(self.model.inverse(damping * unit).matvec))
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,17 @@ from transformers import PreTrainedTokenizerBase
 from curvlib import curvature, models, stages
 from curvlib.artifacts import artifact, code_digest
 from curvlib.batches import Batch, Example, make_batches, taken_apart
+from curvlib.curvature.kfac import ekfac
+from curvlib.curvature.kronecker import EKFAC
 from curvlib.restore.loop import restore
+from curvlib.restore.metrics import DRAWS, EKFAC_RANK, SavedMetric
 from curvlib.restore.objectives import SafetyBatches
 from curvlib.restore.outcome import Budget, HeldOut, RestorationResult
 from curvlib.restore.realign import realign
 from curvlib.stages import FineTune, pad_id
 from curvlib.tiers import Tier
 
-CODE = (
+CODE = [
     "loop",
     "metrics",
     "objectives",
@@ -28,7 +31,8 @@ CODE = (
     "realign",
     "recipe",
     "weighted_return",
-)  # a restored adapter's files
+]  # files that make a restored adapter
+FACTOR_CHATS = 64  # a third of a fine-tuning set; each is differentiated twice
 BATCH_SIZE = 8  # chats a forward pass: keeps the activations of a gradient near 1 GB
 
 
@@ -86,33 +90,65 @@ def restoration_chats(tier: Tier, tokenizer: PreTrainedTokenizerBase) -> Chats:
     )
 
 
+def saved_factors(tier: Tier, recipe: FineTune) -> Path:
+    """Return the EK-FAC file that is saved beside a fine-tuned adapter, so that later nobody needs its data; made once.
+
+    It is fitted to :data:`FACTOR_CHATS` chats of the fine-tuning set, evenly spaced, whatever poison is among them.
+    """
+    adapter = stages.fine_tuned(tier, recipe)
+    config = {"fine_tuned": adapter.parent.name, "chats": FACTOR_CHATS, "rank": EKFAC_RANK, "code": _curvature_code()}
+
+    def build(place: Path) -> None:
+        tokenizer = models.load_tokenizer(stages.aligned_source(tier))
+        examples = stages.fine_tuning_set(tokenizer, tier, recipe)
+        chosen = examples[:: max(1, len(examples) // FACTOR_CHATS)][:FACTOR_CHATS]
+        batches = make_batches(chosen, BATCH_SIZE, pad_id(tokenizer))
+        found = ekfac(stages.load_fine_tuned(tier, recipe), batches, rank=EKFAC_RANK, seed=recipe.seed)
+        found.save(place / "factors.safetensors", half=True)
+
+    return artifact("factors", config, build) / "factors.safetensors"
+
+
 def restored(tier: Tier, recipe: FineTune, how: Restoration, chats: Chats | None = None) -> Path:
     """Return the folder of the restored adapter (``model``) and its history (``history.json``); made once.
 
-    ``chats`` are those of the tier unless others are given.
+    ``chats`` are those of the tier unless others are given. The metric ``saved`` is that of :func:`saved_factors`.
     """
     chats = chats or restoration_chats(tier, models.load_tokenizer(stages.aligned_source(tier)))
     config = {"fine_tuned": stages.fine_tuned(tier, recipe).parent.name, **asdict(how), "seed": recipe.seed}
     config["texts"] = stages.digest(taken_apart(chats.batches))
     own = [Path(__file__).with_name(f"{name}.py") for name in CODE]
-    config["code"] = code_digest([*own, *Path(curvature.__file__).parent.rglob("*.py")])
+    config["code"] = [code_digest(own), _curvature_code()]
+    factors = saved_factors(tier, recipe) if how.metric == "saved" else None
 
     def build(place: Path) -> None:
         model: Any = stages.load_fine_tuned(tier, recipe)
-        result = run(model, chats, how, seed=recipe.seed)
+        result = run(model, chats, how, seed=recipe.seed, factors=factors)
         model.save_pretrained(place / "model")
         (place / "history.json").write_text(json.dumps(history(result), indent=1), "utf-8")
 
     return artifact("restore", config, build)
 
 
-def run(model: PeftModel, chats: Chats, how: Restoration, *, seed: int) -> RestorationResult:
-    """Restore ``model`` in place with the chats given; ``realign`` fine-tunes it on them instead."""
+def _curvature_code() -> str:
+    return code_digest(Path(curvature.__file__).parent.rglob("*.py"))
+
+
+def run(
+    model: PeftModel, chats: Chats, how: Restoration, *, seed: int, factors: Path | None = None
+) -> RestorationResult:
+    """Restore ``model`` in place with the chats given; ``realign`` fine-tunes it on them instead.
+
+    ``factors`` is the file that the metric ``saved`` reads.
+    """
     shared: dict[str, Any] = {"held_out": chats.held_out, "benign_batches": chats.benign}
     shared |= {"budget": how.budget, "seed": seed}
     if how.objective == "realign":
         return realign(model, chats.task, chats.safety, **shared)
-    return restore(model, chats.task, chats.safety, objective=how.objective, metric=how.metric, **shared)
+    metric: Any = how.metric
+    if factors:
+        metric = SavedMetric(EKFAC.load(factors), DRAWS * FACTOR_CHATS)
+    return restore(model, chats.task, chats.safety, objective=how.objective, metric=metric, **shared)
 
 
 def history(result: RestorationResult) -> dict[str, Any]:

@@ -106,19 +106,20 @@ def settings(tier: Tier) -> list[Row]:
 
 def regimes(tier: Tier) -> list[Row]:
     """Return ours beside the plain gradient and re-alignment where data are scarce, in one step, and under attack."""
-    contenders = {"ours": OURS, "plain gradient": Restoration(metric="identity"), "re-alignment": REALIGN}
-    single = Budget(steps=1)
+    plain, once = Restoration(metric="identity"), Budget(steps=1)
+    contenders = {"ours": OURS, "plain gradient": plain, "re-alignment": REALIGN}
+    without = {"ours, saved metric": replace(OURS, metric="saved"), "plain gradient": plain, "re-alignment": REALIGN}
     cases = [
         Case(f"{name}, {n} safety chats", how, sizes=(("restore_chats", n),))
         for n in (1, 4, 16)
         for name, how in contenders.items()
     ]
-    cases += [Case(f"{name}, one step", replace(how, budget=single)) for name, how in list(contenders.items())[:2]]
+    cases += [Case(f"{name}, no task or benign chats", how, alone=True) for name, how in without.items()]
+    cases += [Case(f"{name}, one step", replace(how, budget=once)) for name, how in (("ours", OURS), ("plain", plain))]
     rows = [row(tier, case, "regimes") for case in bar(cases, desc="regimes")]
     attacked = [*[Case(name, how) for name, how in contenders.items()], REVERSION]
-    return rows + [
-        {"part": "attacks", "name": case.name, **attacks(tier, case)} for case in bar(attacked, desc="attacks")
-    ]
+    hit = [{"part": "attacks", "name": case.name, **attacks(tier, case)} for case in bar(attacked, desc="attacks")]
+    return rows + hit
 
 
 def row(tier: Tier, case: Case, part: str, split: str = "reserve") -> Row:

@@ -86,3 +86,12 @@ def test_unknown_names_and_missing_chats_are_refused() -> None:
             build_metric(name, model, [], damping=1.0, products=3)
     with pytest.raises(CurvlibError, match="'composite' got no compliances"):
         build_metric("composite", model, TASK, damping=1.0, products=3)
+
+
+def test_a_saved_metric_inverts_its_damped_model_without_chats() -> None:
+    model = ekfac(cases.pair()[0], TASK, rank=metrics.EKFAC_RANK)
+    b = cases.random(model.size, dtype=torch.float32)
+    shift = 0.5 * sum(float(block.trace) for block in model.blocks) / 8
+    found = metrics.SavedMetric(model, rows=8).damped(0.5).solve(b)
+    assert cases.relative_error(model.matvec(found.solution) + shift * found.solution, b) < 1e-3
+    assert found.products == 0

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from curvlib import stages
+from curvlib.batches import taken_apart
 from curvlib.curvature.lowrank import sampled_fisher
 from curvlib.parameters import flatten, trainable
-from curvlib.restore import SafetyBatches, study
+from curvlib.restore import SafetyBatches, recipe, study
 from curvlib.restore import cases as models_of_study
 from curvlib.restore.outcome import Budget, HeldOut
 from curvlib.restore.recipe import Chats, Restoration
@@ -30,6 +31,8 @@ def small(tiny: Tier, monkeypatch: pytest.MonkeyPatch) -> Tier:  # noqa: F811
     given = Chats(task, safety, benign, HeldOut(safety, {"task": task, "benign": benign}))
     monkeypatch.setattr(models_of_study, "restoration_chats", lambda *_: given)
     monkeypatch.setattr(stages, "pad_id", lambda _: 0)
+    monkeypatch.setattr(stages, "fine_tuning_set", lambda *_: taken_apart(task))
+    monkeypatch.setattr(recipe, "pad_id", lambda _: 0)
     return tiny
 
 
@@ -54,6 +57,16 @@ def test_a_random_step_is_as_dear_as_the_restoration_and_points_elsewhere(small:
     paid = [float(step @ metric.matvec(step)) for step in steps]
     assert paid[0] == pytest.approx(paid[1], rel=1e-4)
     assert torch.cosine_similarity(*steps, dim=0).abs() < 0.1
+
+
+def test_alone_means_that_only_safety_chats_are_given(small: Tier) -> None:
+    given = models_of_study.given_chats(small, Case("alone", QUICK, alone=True))
+    assert not given.task
+    assert not given.benign
+    assert not given.held_out.protected
+    assert given.safety.refusals
+    saved = Case("saved", replace(QUICK, metric="saved"), alone=True)
+    assert study.cost(small, saved)["norm"] > 0
 
 
 def test_cost_counts_what_was_spent(small: Tier) -> None:
