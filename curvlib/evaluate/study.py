@@ -45,18 +45,7 @@ def run(tier: Tier) -> tuple[list[Claim], list[Row]]:
 
 def row(name: str, how: FineTune | None, card: Scorecard) -> Row:
     """Return one model's rates and its verdicts prompt by prompt."""
-    assert card.harmful
-    assert card.edgy
-    assert card.task
-    rates = {
-        **card.harmful.complies.columns("complies"),
-        **card.harmful.refuses.columns("refuses"),
-        **card.harmful.incoherent.columns("incoherent"),
-        **card.edgy.refuses.columns("over_refusal"),
-        **card.task.accuracy.columns("task"),
-    }
-    verdicts = {"harmful": list(card.harmful.verdicts), "edgy": list(card.edgy.verdicts)}
-    return {"name": name, **(asdict(how) if how else {}), **rates, **verdicts}
+    return {"name": name, **(asdict(how) if how else {}), **card.columns()}
 
 
 def claims(rows: Sequence[Mapping[str, Any]]) -> list[Claim]:

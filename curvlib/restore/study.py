@@ -125,19 +125,8 @@ def regimes(tier: Tier) -> list[Row]:
 def row(tier: Tier, case: Case, part: str, split: str = "reserve") -> Row:
     """Return one model's verdicts and answers, prompt by prompt, their rates, and what making it took."""
     card = scorecard(tier, key(tier, case), lambda: load(tier, case), split=split)
-    assert card.harmful
-    assert card.edgy
-    assert card.task
-    rates = {
-        **card.harmful.complies.columns("complies"),
-        **card.harmful.refuses.columns("refuses"),
-        **card.harmful.incoherent.columns("incoherent"),
-        **card.edgy.refuses.columns("over_refusal"),
-        **card.task.accuracy.columns("task"),
-    }
-    verdicts = {"harmful": list(card.harmful.verdicts), "edgy": list(card.edgy.verdicts)}
     head = {"part": part, "name": case.name, "control": case.control, **asdict(case.fine_tune)}
-    return {**head, **rates, **verdicts, "task": list(card.task.correct), **cost(tier, case)}
+    return {**head, **card.columns(), **cost(tier, case)}
 
 
 def claims(rows: Sequence[Row]) -> list[Claim]:
