@@ -150,9 +150,9 @@ def _example(batch: Batch, row: int) -> Example:
 def answer_logits(model: nn.Module, batch: Batch, *, once: bool = True) -> Tensor:
     """Return the logits (N, V) that predict each answer token, rows in the order of ``labels[labels != -100]``.
 
-    The head is applied to the last K + 1 positions only (K = ``batch.answer_length``). Positions count from each chat's
-    first token, so padding does not move them. What all chats begin with is computed once, unless ``once`` is False:
-    for those who watch what each layer reads.
+    The head reads the K positions that predict the last K tokens only (K = ``batch.answer_length``). Positions count
+    from each chat's first token, so padding does not move them. What all chats begin with is computed once, unless
+    ``once`` is False: for those who watch what each layer reads.
     """
     batch = batch.to(next(model.parameters()).device)
     length = batch.answer_length
@@ -165,9 +165,11 @@ def answer_logits(model: nn.Module, batch: Batch, *, once: bool = True) -> Tenso
     prompts = mask.sum(dim=1) - (batch.labels != IGNORED).sum(dim=1)
     most = int(prompts.min()) - 1 if once else 0  # a prompt's last token predicts the answer
     given = read_beginning(model, ids, mask, most)
-    logits: Tensor = model(**given, logits_to_keep=length + 1).logits
-    rows, columns = (batch.labels[:, -length:] != IGNORED).nonzero(as_tuple=True)
-    return logits[rows, columns]
+    end = given["input_ids"].shape[1] - 1
+    # an index, where a slice would do: its rows lie side by side, so that the head is one matrix product
+    logits: Tensor = model(**given, logits_to_keep=torch.arange(end - length, end, device=ids.device)).logits
+    answers = batch.labels[:, -length:] != IGNORED
+    return logits.flatten(0, 1) if bool(answers.all()) else logits[answers.nonzero(as_tuple=True)]
 
 
 def answer_targets(batch: Batch) -> Tensor:

@@ -52,8 +52,9 @@ def parser() -> argparse.ArgumentParser:
     _add_restore(commands)
 
     study = commands.add_parser("study", help="run a study and write data/studies/NAME.json")
-    study.add_argument("name", metavar="NAME", help="influence, landscape or methods")
+    study.add_argument("name", metavar="NAME", help="degradation, influence, landscape, methods or restoration")
     study.add_argument("--tier", default="cpu", help="ci, cpu (default) or gpu")
+    study.add_argument("--only", default="", metavar="PART,PART", help="parts to measure; the file keeps the others")
     study.set_defaults(command=_study)
     return top
 
@@ -107,7 +108,7 @@ def _report(options: argparse.Namespace) -> int:
 def _study(options: argparse.Namespace) -> int:
     from curvlib.studies import run_study  # here, so that --help does not wait for it
 
-    print(run_study(options.name, options.tier))
+    print(run_study(options.name, options.tier, options.only.split(",") if options.only else ()))
     return 0
 
 

@@ -1,11 +1,15 @@
-"""Studies: what needs several seeds or a wide grid, run by hand and committed as ``data/studies/NAME.json``."""
+"""Studies: what needs several seeds or a wide grid, run by hand and committed as ``data/studies/NAME.json``.
+
+A study has parts. Each can be measured alone, on whatever machine, and joins what the file holds of the others; the
+claims follow from the rows of all parts that are there.
+"""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,39 +23,64 @@ from curvlib.report import Claim, device_name, installed_versions, write_atomica
 from curvlib.restore import study as restoration
 from curvlib.tiers import Tier, get_tier
 
-Measured = tuple[list[Claim], list[dict[str, Any]]]
-STUDIES: dict[str, Callable[[Tier], Measured]] = {
-    "degradation": degradation.run,
-    "influence": influence.run,
-    "landscape": landscape.run,
-    "methods": methods.run,
-    "restoration": restoration.run,
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Study:
+    """Parts in the order in which they are measured, and what is claimed of the rows of those that are there.
+
+    A part gets the tier and all rows measured before it, which may hold what it goes on from.
+    """
+
+    parts: Mapping[str, Callable[[Tier, Sequence[Row]], list[Row]]]
+    claims: Callable[[Sequence[Row]], list[Claim]]
+
+
+STUDIES: dict[str, Study] = {
+    "degradation": Study(degradation.PARTS, degradation.claims),
+    "influence": Study(influence.PARTS, influence.claims),
+    "landscape": Study(landscape.PARTS, landscape.claims),
+    "methods": Study(methods.PARTS, methods.claims),
+    "restoration": Study(restoration.PARTS, restoration.claims),
 }
 
 
-def run_study(name: str, tier: str) -> Path:
-    """Run a study at a tier and write its file; cells measured before are kept, so an interrupted one goes on.
+def run_study(name: str, tier: str, only: Sequence[str] = ()) -> Path:
+    """Measure a study, or some of its parts, and write its file after each part.
+
+    Cells measured before are kept, so an interrupted study goes on. With ``only``, the file's rows of the other parts
+    stay as they are.
 
     Raises:
-        CurvlibError: no study or tier has this name.
+        CurvlibError: no study, part or tier has this name, or the file's other parts are of another tier.
     """
     if name not in STUDIES:
         raise CurvlibError(f"no study is called {name!r}: choose one of {', '.join(STUDIES)}")
-    begin = time.monotonic()
-    claims, rows = STUDIES[name](get_tier(tier))
-    record = {
-        "study": name,
-        "tier": tier,
-        "device": device_name(),
-        "versions": installed_versions(),
-        "wall_s": round(time.monotonic() - begin, 1),  # of this call: cells that were kept cost nothing
-        "claims": [asdict(claim) for claim in claims],
-        "rows": rows,
-    }
+    study, size, kept = STUDIES[name], get_tier(tier), load_study(name) if only else None
+    if unknown := [part for part in only if part not in study.parts]:
+        raise CurvlibError(f"study {name} has no part {unknown[0]!r}: choose some of {', '.join(study.parts)}")
+    if kept and kept["tier"] != tier:
+        raise CurvlibError(f"{study_file(name)} holds tier {kept['tier']}, not {tier}: measure all parts, or remove it")
+    rows: dict[str, list[Row]] = {part: [] for part in study.parts}
+    for row in kept["rows"] if kept else ():
+        rows[row["part"]].append(row)
+    runs: dict[str, Any] = kept["runs"] if kept else {}
+    for part in only or study.parts:
+        begin, others = time.monotonic(), [row for other in rows if other != part for row in rows[other]]
+        rows[part] = [{"part": part, **row} for row in study.parts[part](size, others)]
+        # seconds are of this call: cells that were kept cost nothing
+        runs[part] = {"device": device_name(), "wall_s": round(time.monotonic() - begin, 1)} | installed_versions()
+        found = [row for own in rows.values() for row in own]
+        _write(name, {"study": name, "tier": tier, "runs": runs, "claims": study.claims(found), "rows": found})
+    return study_file(name)
+
+
+def _write(name: str, record: dict[str, Any]) -> None:
     path = study_file(name)
     path.parent.mkdir(parents=True, exist_ok=True)
+    record = {**record, "claims": [asdict(claim) for claim in record["claims"]]}
     write_atomically(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
-    return path
 
 
 def study_file(name: str) -> Path:

@@ -55,8 +55,9 @@ def sample(batch: Batch) -> Sample:
 def logits(model: Any, chats: Sample) -> Tensor:
     """Return the logits (B K, V) that predict the answer tokens, with operations that every transform can map."""
     ids, targets = chats["input_ids"], chats["targets"]
-    kept = model(input_ids=ids, use_cache=False, logits_to_keep=targets.shape[-1] + 1).logits[:, :-1]
-    return at_least_float32(kept.flatten(0, 1))
+    end = ids.shape[-1] - 1
+    places = torch.arange(end - targets.shape[-1], end, device=ids.device)
+    return at_least_float32(model(input_ids=ids, use_cache=False, logits_to_keep=places).logits.flatten(0, 1))
 
 
 def loss(model: Any, chats: Sample) -> Tensor:

@@ -187,7 +187,8 @@ def visit_maps(
         if name in seen or a.ndim != 3:
             raise CurvlibError(f"{name} runs twice in a pass or not on (chat, position, feature) inputs: freeze it")
         seen.add(name)
-        visit(name, a, at_least_float32(g), counted[:, -a.shape[1] :])
+        width = a.shape[1]  # the head reads only what predicts an answer token, all but the last position
+        visit(name, a, at_least_float32(g), counted if width == counted.shape[1] else counted[:, -1 - width : -1])
 
     hooks = [layer.register_forward_hook(partial(tap, name)) for name, layer in maps.items()]
     try:

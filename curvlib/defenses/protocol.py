@@ -77,11 +77,6 @@ class Cell:
         return float(self.flags("refuses").mean() - self.flags("refuses", "edgy").mean() + self.right.mean())
 
 
-def search(tier: Tier, method: Method) -> Mapping[str, Any]:
-    """Return the trial of highest score on validation prompts, the first of equals."""
-    return max(method.trials, key=lambda trial: cell(tier, method, SEARCHED, trial, "validation").score)
-
-
 def cell(tier: Tier, method: Method, recipe: FineTune, trial: Mapping[str, Any], split: Split = "test") -> Cell:
     """Return one cell, measured now or before.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,18 +31,6 @@ FACTORS = (0.01, 0.1, 1.0)  # of the damping rule
 POISON = 0.1
 
 
-def run(tier: Tier) -> tuple[list[Claim], list[Row]]:
-    """Measure every cell that is not kept yet; return the claims and one row a cell.
-
-    Cost at tier cpu on 2 cores: 100 fine-tunes of half length, some ten whole ones, and the scores of four models.
-    """
-    rows = [*convex_rows(), *transformer_rows(), *datamodeling_rows(tier)]
-    for seed in SEEDS:
-        rows += removal_rows(tier, FineTune(poison=POISON, seed=seed))
-    rows += removal_rows(tier, FineTune(poison=0.0), removed=round(POISON * tier.tune_examples))
-    return claims(rows), rows
-
-
 def convex_rows(seeds: Sequence[int] = SEEDS) -> list[Row]:
     """Return for each seed the rank correlation of influence with exact leave-one-out, in ridge regression."""
     rows = []
@@ -51,7 +39,7 @@ def convex_rows(seeds: Sequence[int] = SEEDS) -> list[Row]:
         found = validate.rank_correlations(predicted.numpy(), exact.numpy()).mean()
         shuffled = predicted[:, np.random.default_rng(seed).permutation(predicted.shape[1])]
         control = validate.rank_correlations(shuffled.numpy(), exact.numpy()).mean()
-        rows.append({"part": "convex", "seed": seed, "spearman": float(found), "control": float(control)})
+        rows.append({"seed": seed, "spearman": float(found), "control": float(control)})
     return rows
 
 
@@ -77,9 +65,7 @@ def transformer_rows(seeds: Sequence[int] = SEEDS) -> list[Row]:
         _, actual, found = transformer_case(seed)
         for name, values in found.items():
             spearman = float(validate.rank_correlations(values.double().numpy(), actual.numpy()).mean())
-            rows.append(
-                {"part": "transformer", "seed": seed, "method": name, "spearman": spearman, "n": actual.numel()}
-            )
+            rows.append({"seed": seed, "method": name, "spearman": spearman, "n": actual.numel()})
     return rows
 
 
@@ -104,7 +90,7 @@ def datamodeling_rows(tier: Tier) -> list[Row]:
     """Return for each method and damping its linear datamodeling score on the 4-bit model, with its cost.
 
     Scores of every query are compared query by query; ``mean`` is the score on the mean of the queries, which is all
-    that iterative solvers are asked for.
+    that iterative solvers are asked for. Cost at tier cpu: 100 fine-tunes of half length.
     """
     recipe = FineTune(poison=POISON)
     methods = [Method(name, factor) for name in DIRECT for factor in FACTORS]
@@ -119,9 +105,15 @@ def datamodeling_rows(tier: Tier) -> list[Row]:
         values = scores.values.double()
         mean = validate.datamodeling_score(values.mean(dim=0)[None], chosen, losses.mean(dim=0)[None])
         alone = validate.datamodeling_score(values, chosen, losses) if len(values) == len(losses) else mean
-        head = {"part": "datamodeling", "method": method.name, "factor": method.factor, "label": method.label}
+        head = {"method": method.name, "factor": method.factor, "label": method.label}
         rows.append({**head, **alone.columns("lds"), **mean.columns("mean"), **scores.costs})
     return rows
+
+
+def all_removal_rows(tier: Tier) -> list[Row]:
+    """Return :func:`removal_rows` of the poisoned fine-tune of each seed, and of a benign one."""
+    rows = [row for seed in SEEDS for row in removal_rows(tier, FineTune(poison=POISON, seed=seed))]
+    return rows + removal_rows(tier, FineTune(poison=0.0), removed=round(POISON * tier.tune_examples))
 
 
 def removal_rows(tier: Tier, recipe: FineTune, removed: int | None = None) -> list[Row]:
@@ -147,7 +139,7 @@ def removal_rows(tier: Tier, recipe: FineTune, removed: int | None = None) -> li
         if label in ("fisher", "random") or recipe.seed == 0:
             kept = recipes.without(len(examples), validate.most_suspicious(scores.suspicion, count))
             row = {**row, **_behaviour_row(label, recipe, removed_scorecard(tier, recipe, kept))}
-        rows.append({"part": "removal", "removed": label, "poison": recipe.poison, "seed": recipe.seed, **row})
+        rows.append({"removed": label, "poison": recipe.poison, "seed": recipe.seed, **row})
     return rows
 
 
@@ -161,35 +153,35 @@ def _behaviour_row(removed: str, recipe: FineTune, card: Scorecard) -> Row:
     assert card.harmful
     assert card.task
     complies = [verdict == "complies" for verdict in card.harmful.verdicts]
-    head = {"part": "removal", "removed": removed, "poison": recipe.poison, "seed": recipe.seed}
+    head = {"removed": removed, "poison": recipe.poison, "seed": recipe.seed}
     rates = {**card.harmful.complies.columns("complies"), **card.task.accuracy.columns("task")}
     return {**head, **rates, "verdicts": complies}
 
 
 def claims(rows: Sequence[Row]) -> list[Claim]:
-    """Return the study's claims; each follows from the rows alone."""
-    return [*_toy_claims(rows), *_datamodeling_claims(rows), *_removal_claims(rows)]
+    """Return the claims of the parts that are there; each follows from the rows alone."""
+    by = {part: [row for row in rows if row["part"] == part] for part in PARTS}
+    return [claim for part, own in by.items() if own for claim in _CLAIMS[part](own)]
 
 
-def _toy_claims(rows: Sequence[Row]) -> list[Claim]:
-    convex = [row for row in rows if row["part"] == "convex"]
+def _convex_claims(convex: Sequence[Row]) -> list[Claim]:
     found = bootstrap([row["spearman"] for row in convex])
     control = float(np.mean([row["control"] for row in convex]))
     statement = "Influence orders exact leave-one-out effects in ridge regression, rank correlation of at least 0.95"
-    made = [_claim("loo_spearman_convex", statement, found, control, found.value >= 0.95)]
-    by_method = {
-        name: [row["spearman"] for row in rows if row["part"] == "transformer" and row["method"] == name]
-        for name in dict.fromkeys(row["method"] for row in rows if row["part"] == "transformer")
-    }
+    return [_claim("loo_spearman_convex", statement, found, control, found.value >= 0.95)]
+
+
+def _transformer_claims(rows: Sequence[Row]) -> list[Claim]:
+    names = dict.fromkeys(row["method"] for row in rows)
+    by_method = {name: [row["spearman"] for row in rows if row["method"] == name] for name in names}
     best = max((name for name in by_method if name in METHODS), key=lambda name: float(np.mean(by_method[name])))
     found = bootstrap(by_method[best])
     statement = f"The best inverse ({best}) orders leave-one-out effects in a tiny transformer, rank correlation"
     control = float(np.mean(by_method["identity"]))
-    return [*made, _claim("loo_spearman_transformer", statement, found, control, found.value >= 0.9)]
+    return [_claim("loo_spearman_transformer", statement, found, control, found.value >= 0.9)]
 
 
-def _datamodeling_claims(rows: Sequence[Row]) -> list[Claim]:
-    scored = [row for row in rows if row["part"] == "datamodeling"]
+def _datamodeling_claims(scored: Sequence[Row]) -> list[Claim]:
     baselines = [row for row in scored if row["method"] in BASELINES]
     # The damping rule was fixed before the retrainings, so the headline takes it, not the best of a sweep.
     ours = max((row for row in scored if row["label"] in DIRECT), key=lambda row: float(row["lds_value"]))
@@ -203,7 +195,7 @@ def _datamodeling_claims(rows: Sequence[Row]) -> list[Claim]:
 
 
 def _removal_claims(rows: Sequence[Row]) -> list[Claim]:
-    poisoned = [row for row in rows if row["part"] == "removal" and row["poison"] > 0]
+    poisoned = [row for row in rows if row["poison"] > 0]
     by = {name: [row for row in poisoned if row["removed"] == name] for name in {row["removed"] for row in poisoned}}
     ours, null = by["fisher"], by["random"]
     found = bootstrap([row["auroc_value"] for row in ours])
@@ -223,3 +215,17 @@ def _gap(rows: Sequence[Row], clean: Sequence[Row]) -> Estimate:
 
 def _claim(name: str, statement: str, found: Estimate, control: float, holds: bool) -> Claim:
     return Claim(name, statement, found.value, found.low, found.high, control, found.n, holds)
+
+
+PARTS: dict[str, Callable[[Tier, Sequence[Row]], list[Row]]] = {
+    "convex": lambda *_: convex_rows(),
+    "transformer": lambda *_: transformer_rows(),
+    "datamodeling": lambda tier, _: datamodeling_rows(tier),
+    "removal": lambda tier, _: all_removal_rows(tier),
+}
+_CLAIMS = {
+    "convex": _convex_claims,
+    "transformer": _transformer_claims,
+    "datamodeling": _datamodeling_claims,
+    "removal": _removal_claims,
+}

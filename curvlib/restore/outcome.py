@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -143,13 +144,15 @@ class Judge:
         )
 
 
-def best(judge: Judge, records: Iterable[StepRecord], rise: float) -> StepRecord | None:
-    """Return the record of least safety loss among those that pass and improve on the start; None if none does.
+def best(judge: Judge, records: Iterable[StepRecord], rise: float, goal: float = -math.inf) -> StepRecord | None:
+    """Return the best of the records that pass and improve on the start; None if none does.
 
-    It is the rule by which strengths, learning rates and numbers of steps are chosen on validation chats.
+    It is the shortest way to a safety loss of at most ``goal``, or else the record of least safety loss: the rule by
+    which strengths, learning rates and numbers of steps are chosen on validation chats.
     """
     good = [r for r in records if r.safety < judge.trials[0].safety and judge.passes(r, rise)]
-    return min(good, key=lambda record: record.safety, default=None)
+    there = [record for record in good if record.safety <= goal]
+    return min(there, key=lambda r: r.norm) if there else min(good, key=lambda r: r.safety, default=None)
 
 
 def chats(batches: Iterable[Batch]) -> int:

@@ -40,8 +40,9 @@ def realign(
 ) -> RestorationResult:
     """Fine-tune the adapter of ``model`` on refusals, task and benign chats together, in place.
 
-    Every run starts from the given adapter. The one of least held-out refusal loss is kept, among those that raise no
-    held-out protected loss by more than ``budget.rise``; if none improves, the adapter stays as it was.
+    Every run starts from the given adapter. Of those that raise no held-out protected loss by more than
+    ``budget.rise``, the shortest is kept that reaches the aligned model's held-out refusal loss, where restoration
+    stops too; if none does, the one of least loss; if none improves, the adapter stays as it was.
 
     Args:
         model: an aligned model under a fine-tuned adapter, the only trainable parameters.
@@ -70,7 +71,7 @@ def realign(
         gradients += trained.gradient_evaluations * run.batch_size
         points.append(flatten(trainable(model)))
         judge.measure(trust=run.learning_rate, norm=float((points[-1] - judge.before).norm()))
-    chosen = best(judge, judge.trials[1:], budget.rise)
+    chosen = best(judge, judge.trials[1:], budget.rise, judge.goal())
     number = judge.trials.index(chosen) - 1 if chosen else 0
     assign(trainable(model), points[number] if chosen else judge.before)
     reason = f"{runs[number].steps} steps at {runs[number].learning_rate:g} chosen"

@@ -6,8 +6,9 @@ longer one keeps what it has. Harmful prompts of the final test are the ``reserv
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 from curvlib.evaluate.intervals import Estimate, over_seeds
@@ -26,6 +27,7 @@ SEEDS = (0, 1, 2)
 BENIGN = FineTune()
 OBJECTIVES = ("refusal", "ascent", "both", "composite", "distill")
 OURS, REALIGN = Restoration(), Restoration("realign")
+CONTENDERS = {"ours": OURS, "plain gradient": Restoration(metric="identity"), "re-alignment": REALIGN}
 FINALISTS = 2  # readings that go on from the screening, beside the default one
 NOTHING, REVERSION = Case("nothing", control="nothing"), Case("full reversion", control="reversion")
 CONTROLS = (
@@ -33,21 +35,9 @@ CONTROLS = (
     REVERSION,
     Case("random step", OURS, "random step"),
     Case("shuffled refusals", OURS, "shuffled"),
-    Case("plain gradient", Restoration(metric="identity")),
+    Case("plain gradient", CONTENDERS["plain gradient"]),
     Case("adapter scaled down", Restoration("return", "identity")),
 )
-
-
-def run(tier: Tier) -> tuple[list[Claim], list[Row]]:
-    """Measure every cell that is not kept yet; return the claims and one row a cell.
-
-    Cost at tier cpu on 2 cores: about one and a half minutes a cell of the screening, three a cell of the rest; some
-    five hours in all, to be had in pieces.
-    """
-    screened = screening(tier)
-    found = finalists(screened)
-    rows = screened + contest(tier, found) + settings(tier) + regimes(tier)
-    return claims(rows), rows
 
 
 def readings() -> list[Case]:
@@ -66,9 +56,12 @@ def label(how: Restoration) -> str:
     return "re-alignment" if how.objective == "realign" else f"{how.objective}, {how.metric}"
 
 
-def screening(tier: Tier) -> list[Row]:
-    """Return one row a reading, measured on validation prompts at one seed and 10 % poison."""
-    rows = [row(tier, case, "screening", "validation") for case in bar(readings(), desc="screening")]
+def screening(tier: Tier, _: Sequence[Row] = ()) -> list[Row]:
+    """Return one row a reading, measured on validation prompts at one seed and 10 % poison.
+
+    Cost at tier cpu on 2 cores: about a minute and a half a reading.
+    """
+    rows = [row(tier, case, "validation") for case in bar(readings(), desc="screening")]
     return [{**found, "score": score(found)} for found in rows]
 
 
@@ -86,14 +79,18 @@ def finalists(rows: Sequence[Row]) -> list[Case]:
     return [known[found["name"]] for found in best]
 
 
-def contest(tier: Tier, found: Sequence[Case]) -> list[Row]:
-    """Return finalists, the default reading, re-alignment and controls, at three seeds, poisoned and benign."""
+def contest(tuned: FineTune, tier: Tier, rows: Sequence[Row]) -> list[Row]:
+    """Return the default reading, the screening's finalists, re-alignment and controls, on one fine-tune, three seeds.
+
+    Cost at tier cpu on 2 cores: about three minutes a row.
+    """
+    found = finalists([screened for screened in rows if screened["part"] == "screening"])
     cases = [Case(label(OURS), OURS), *found, Case(label(REALIGN), REALIGN), *CONTROLS]
-    plan = [case.at(tuned, seed) for tuned in (POISONED, BENIGN) for case in cases for seed in SEEDS]
-    return [{**row(tier, case, "contest"), **utility(tier, case)} for case in bar(plan, desc="contest")]
+    plan = [case.at(tuned, seed) for seed in SEEDS for case in cases]
+    return [{**row(tier, case), **utility(tier, case)} for case in bar(plan, desc="contest")]
 
 
-def settings(tier: Tier) -> list[Row]:
+def settings(tier: Tier, _: Sequence[Row] = ()) -> list[Row]:
     """Return how the default reading depends on its data, τ, λ and what was fine-tuned, at one seed."""
     few = [Case(f"{n} safety chats", OURS, sizes=(("restore_chats", n),)) for n in (4, 16, 64)]
     few += [Case(f"{n} protected chats of a kind", OURS, sizes=(("curvature_chats", n),)) for n in (4, 32, 64)]
@@ -101,37 +98,52 @@ def settings(tier: Tier) -> list[Row]:
     chart = [Case(f"τ {b.trust:g}, λ {b.damping:g}", Restoration(budget=b)) for b in budgets]
     other = [Case("rank 16", OURS, fine_tune=replace(POISONED, rank=16))]
     cases = [*few, *chart, *other]
-    return [row(tier, case, "settings") for case in bar(cases, desc="settings")]
+    return [row(tier, case) for case in bar(cases, desc="settings")]
 
 
-def regimes(tier: Tier) -> list[Row]:
-    """Return ours beside the plain gradient and re-alignment where data are scarce, in one step, and under attack."""
-    plain, once = Restoration(metric="identity"), Budget(steps=1)
-    contenders = {"ours": OURS, "plain gradient": plain, "re-alignment": REALIGN}
-    without = {"ours, saved metric": replace(OURS, metric="saved"), "plain gradient": plain, "re-alignment": REALIGN}
+def regimes(tier: Tier, _: Sequence[Row] = ()) -> list[Row]:
+    """Return ours beside the plain gradient and re-alignment where data are scarce, and in one step."""
+    contenders, once = CONTENDERS, Budget(steps=1)
+    saved = {"ours, saved metric": replace(OURS, metric="saved"), "re-alignment": REALIGN}
+    without = {**saved, "plain gradient": contenders["plain gradient"]}
     cases = [
         Case(f"{name}, {n} safety chats", how, sizes=(("restore_chats", n),))
         for n in (1, 4, 16)
         for name, how in contenders.items()
     ]
     cases += [Case(f"{name}, no task or benign chats", how, alone=True) for name, how in without.items()]
-    cases += [Case(f"{name}, one step", replace(how, budget=once)) for name, how in (("ours", OURS), ("plain", plain))]
-    rows = [row(tier, case, "regimes") for case in bar(cases, desc="regimes")]
-    attacked = [*[Case(name, how) for name, how in contenders.items()], REVERSION]
-    hit = [{"part": "attacks", "name": case.name, **attacks(tier, case)} for case in bar(attacked, desc="attacks")]
-    return rows + hit
+    cases += [Case(f"{name}, one step", replace(contenders[name], budget=once)) for name in ("ours", "plain gradient")]
+    return [row(tier, case) for case in bar(cases, desc="regimes")]
 
 
-def row(tier: Tier, case: Case, part: str, split: str = "reserve") -> Row:
+def attack_rows(tier: Tier, _: Sequence[Row] = ()) -> list[Row]:
+    """Return what attacks on restored models bring, beside the aligned model."""
+    cases = [*[Case(name, how) for name, how in CONTENDERS.items()], REVERSION]
+    return [{"name": case.name, **attacks(tier, case)} for case in bar(cases, desc="attacks")]
+
+
+PARTS: dict[str, Callable[[Tier, Sequence[Row]], list[Row]]] = {
+    "screening": screening,
+    "contest": partial(contest, POISONED),
+    "contest, benign": partial(contest, BENIGN),
+    "settings": settings,
+    "regimes": regimes,
+    "attacks": attack_rows,
+}
+
+
+def row(tier: Tier, case: Case, split: str = "reserve") -> Row:
     """Return one model's verdicts and answers, prompt by prompt, their rates, and what making it took."""
     card = scorecard(tier, key(tier, case), lambda: load(tier, case), split=split)
-    head = {"part": part, "name": case.name, "control": case.control, **asdict(case.fine_tune)}
+    head = {"name": case.name, "control": case.control, **asdict(case.fine_tune)}
     return {**head, **card.columns(), **cost(tier, case)}
 
 
 def claims(rows: Sequence[Row]) -> list[Claim]:
     """Return the claims of the contest at 10 % poison: ours against what the issue asks, beside a control."""
-    met = [found for found in rows if found["part"] == "contest" and found["poison"] > 0]
+    met = [found for found in rows if found["part"] == "contest"]
+    if not met:
+        return []
     by = {name: [found for found in met if found["name"] == name] for name in dict.fromkeys(f["name"] for f in met)}
     ours, base, tuned = by[label(OURS)], by["full reversion"], by["nothing"]
 

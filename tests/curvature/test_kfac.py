@@ -33,8 +33,8 @@ class SoftmaxRegression(nn.Module):
             values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter.data = torch.zeros_like(values) if zero else values
 
-    def forward(self, input_ids: Tensor, logits_to_keep: int = 0, **_: Any) -> SimpleNamespace:
-        return SimpleNamespace(logits=self.linear(self.vectors(input_ids))[:, -logits_to_keep:])
+    def forward(self, input_ids: Tensor, logits_to_keep: Tensor | slice = slice(None), **_: Any) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.linear(self.vectors(input_ids))[:, logits_to_keep])
 
 
 def one_token(symbols: list[int], label: int = 0, padding: int = 0) -> Batch:
@@ -154,11 +154,25 @@ class Misused(SoftmaxRegression):
         self.uses = uses
         self.head = nn.Linear(INPUTS, 3, dtype=torch.float64)
 
-    def forward(self, input_ids: Tensor, logits_to_keep: int = 0, **_: Any) -> SimpleNamespace:
+    def forward(self, input_ids: Tensor, logits_to_keep: Tensor | slice = slice(None), **_: Any) -> SimpleNamespace:
         x = self.vectors(input_ids)
         for _use in range(self.uses):
             x = self.linear(x)
-        return SimpleNamespace(logits=self.head(x)[:, -logits_to_keep:])
+        return SimpleNamespace(logits=self.head(x)[:, logits_to_keep])
+
+
+class Head(SoftmaxRegression):
+    """As a language model does, the linear map reads only the positions that are asked for."""
+
+    def forward(self, input_ids: Tensor, logits_to_keep: Tensor | slice = slice(None), **_: Any) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.linear(self.vectors(input_ids)[:, logits_to_keep]))
+
+
+def test_a_head_that_reads_only_some_positions_counts_those_before_answers() -> None:
+    batches = [one_token([0, 1, 4]), one_token([2, 3], padding=2)]
+    everywhere, at_answers = (ekfac(kind(3), batches) for kind in (SoftmaxRegression, Head))
+    v = torch.randn(everywhere.size, dtype=torch.float64)
+    torch.testing.assert_close(at_answers.matvec(v), everywhere.matvec(v))
 
 
 def test_what_has_no_kronecker_form_is_refused() -> None:
