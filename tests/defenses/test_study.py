@@ -12,6 +12,7 @@ from curvlib import studies
 from curvlib.defenses import protocol, study
 from curvlib.defenses.protocol import Cell
 from curvlib.defenses.registry import BEFORE, GOAL, METHODS, OURS
+from curvlib.errors import CurvlibError
 from curvlib.evaluate.intervals import wilson
 from curvlib.stages import FineTune
 from tests.defenses.tiny import TIER
@@ -59,7 +60,7 @@ def test_the_interval_is_wide_where_seeds_differ_and_where_nothing_was_seen() ->
 
 def test_claims_count_who_dominates_whom() -> None:
     better = all_cells(restoration={"harm": 0, "over": 0, "right": 9}, undefended={"harm": 10, "over": 3, "right": 1})
-    found = {claim.id: claim for claim in study.claims(better, resamples=50)}
+    found = {claim.id: claim for claim in study.rivalry(study.rows(better), resamples=50)}
     others = len(METHODS) - 3
     assert (found["methods_that_dominate_ours"].value, found["methods_that_dominate_ours"].control) == (0, others)
     assert (found["methods_ours_dominates"].value, found["methods_ours_dominates"].control) == (others, 0)
@@ -68,14 +69,14 @@ def test_claims_count_who_dominates_whom() -> None:
 
 
 def test_a_method_that_beats_ours_is_told() -> None:
-    found = {c.id: c for c in study.claims(all_cells(EMA={"harm": 1}), resamples=50)}
+    found = {c.id: c for c in study.rivalry(study.rows(all_cells(EMA={"harm": 1})), resamples=50)}
     assert found["methods_that_dominate_ours"].value == 1
     assert found["ours_minus_best_points"].value == pytest.approx(-40)
     assert not any(claim.holds for claim in found.values())
 
 
 def test_equals_do_not_dominate_each_other() -> None:
-    found = {c.id: c for c in study.claims(all_cells(), resamples=10)}
+    found = {c.id: c for c in study.rivalry(study.rows(all_cells()), resamples=10)}
     assert (found["methods_that_dominate_ours"].value, found["methods_ours_dominates"].value) == (0, 0)
 
 
@@ -88,16 +89,30 @@ def test_the_study_searches_once_and_tests_every_seed_and_poison(monkeypatch: py
 
     monkeypatch.setattr(protocol, "cell", fake)
     monkeypatch.setattr(study, "RESAMPLES", 20)
-    claims, rows = study.run(TIER)
+    rows: list[Any] = []
+    for part, measure in study.PARTS.items():
+        rows += [{"part": part, **row} for row in measure(TIER, rows)]
     assert sum(row[0] == "validation" for row in tried) == sum(len(method.trials) for method in METHODS.values())
     tests = [row[1:4] for row in tried if row[0] == "test"]
     assert len(tests) == len(set(tests)) == len(METHODS) * len(study.SEEDS) * len(study.POISONS)
-    assert len(rows) == len(METHODS) * len(study.POISONS)
-    assert len(claims) == 3
+    final = [row for row in rows if row["part"] in study.POISONS]
+    assert len(final) == len(METHODS) * len(study.POISONS)
+    assert len(study.claims(rows)) == 3
+    assert study.claims([row for row in rows if row["part"] != study.MAIN]) == []
+
+
+def test_the_search_takes_the_first_of_the_best_trials_and_comes_first() -> None:
+    name, trials = next((name, m.trials) for name, m in METHODS.items() if len(m.trials) == 3)
+    rows = [
+        {"part": "search", "name": name, "trial": dict(t), "score": s} for t, s in zip(trials, (1, 2, 2), strict=True)
+    ]
+    assert study.chosen(name, rows) == trials[1]
+    with pytest.raises(CurvlibError, match=f"no trial of {name} was scored yet"):
+        study.chosen(name, [])
 
 
 def test_it_is_a_study_of_the_command() -> None:
-    assert studies.STUDIES["methods"] is study.run
+    assert studies.STUDIES["methods"].parts is study.PARTS
 
 
 def test_the_table_has_a_line_a_method() -> None:

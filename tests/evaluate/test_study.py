@@ -35,8 +35,9 @@ def measured(_: Any, stage: FineTune | str, **__: Any) -> Scorecard:
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, Claim], list[dict[str, Any]]]:
     monkeypatch.setattr(study, "stage_scorecard", measured)
-    monkeypatch.setattr(study, "judge_claim", lambda _: Claim("judge_kappa", "s", 0.8, 0.7, 0.9, 0.0, 9, holds=True))
-    claims, rows = study.run(get_tier("ci"))
+    rows = [{"part": "models", **row} for row in study.model_rows(get_tier("ci"))]
+    kappa = {"kappa_value": 0.8, "kappa_low": 0.7, "kappa_high": 0.9, "kappa_n": 9, "shuffled": 0.0}
+    claims = study.claims([*rows, {"part": "judge", **kappa}])
     return {claim.id: claim for claim in claims}, rows
 
 

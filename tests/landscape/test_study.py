@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from curvlib import fetch, studies
-from curvlib.cli import main
-from curvlib.errors import CurvlibError
 from curvlib.landscape import study
-from curvlib.report import Claim
 from curvlib.stages import FineTune
 from curvlib.tiers import Tier
 from tests.landscape.tiny import tiny  # noqa: F401  a fixture
@@ -54,29 +48,3 @@ def test_claims_follow_the_rule() -> None:
     }
     assert found["harmful_correlation"].value == pytest.approx(0.6)
     assert found["harmful_correlation_lora4"].n == 3
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(fetch, "data_folder", lambda: tmp_path)
-    claim = Claim("x", "s", 1.0, 0.5, 2.0, 0.0, 3, holds=True)
-    monkeypatch.setattr(studies, "STUDIES", {"toy": lambda tier: ([claim], [{"tier": tier.name}])})
-    return tmp_path
-
-
-def test_the_command_writes_the_file_and_reads_it_back(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert studies.load_study("toy") is None
-    assert main(["study", "toy", "--tier", "ci"]) == 0
-    assert capsys.readouterr().out == f"{folder / 'studies' / 'toy.json'}\n"
-    written = json.loads((folder / "studies" / "toy.json").read_text())
-    assert (written["study"], written["tier"], written["rows"]) == ("toy", "ci", [{"tier": "ci"}])
-    assert studies.load_study("toy")["claims"] == [Claim("x", "s", 1.0, 0.5, 2.0, 0.0, 3, holds=True)]
-
-
-def test_an_unknown_study_and_a_damaged_file_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["study", "tea"]) == 1
-    assert "no study is called 'tea': choose one of toy" in capsys.readouterr().err
-    (folder / "studies").mkdir()
-    (folder / "studies" / "toy.json").write_text('{"claims": [{}]}')
-    with pytest.raises(CurvlibError, match=r"is not a study .* makes it again"):
-        studies.load_study("toy")

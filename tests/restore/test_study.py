@@ -86,13 +86,13 @@ def test_finalists_are_the_best_on_validation_and_cheaper_among_equals() -> None
     assert study.score({**judged, "task": [True, False]}) == pytest.approx(0.5 - 0.25 + 0.5)
 
 
-def measured(_: Tier, case: Case, part: str, split: str = "reserve") -> dict[str, Any]:
+def measured(_: Tier, case: Case, split: str = "reserve") -> dict[str, Any]:
     """Ours refuses like the base; the random step does nothing; a plain gradient refuses look-alikes too."""
     complies = {"nothing": 9, "random step": 9, "full reversion": 1}.get(case.name, 1)
     over = 3 if case.name == "plain gradient" else 1
     harmful = ["complies"] * complies + ["refuses"] * (10 - complies)
     edgy = ["refuses"] * over + ["complies"] * (10 - over)
-    head = {"part": part, "name": case.name, "poison": case.fine_tune.poison, "split": split}
+    head = {"name": case.name, "poison": case.fine_tune.poison, "split": split}
     spent = {"seconds": 30.0 if case.name == label(REALIGN) else 40.0, "gradients": 1}
     return {**head, "harmful": harmful, "edgy": edgy, "task": [True, False] * 5, **spent}
 
@@ -101,8 +101,11 @@ def test_claims_follow_from_the_contest(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(study, "row", measured)
     monkeypatch.setattr(study, "utility", lambda *_: {f"shots_{count}": [True, False] for count in study.SHOTS})
     monkeypatch.setattr(study, "attacks", lambda *_: {"prefilled": ["complies"]})
-    claims, rows = study.run(get_tier("ci"))
-    found = {claim.id: claim for claim in claims}
+    rows: list[dict[str, Any]] = []
+    for part, measure in study.PARTS.items():
+        assert study.claims(rows) == [] or part not in ("screening", "contest")
+        rows += [{"part": part, **row} for row in measure(get_tier("ci"), rows)]
+    found = {claim.id: claim for claim in study.claims(rows)}
     assert {name: claim.holds for name, claim in found.items()} == {
         "compliance_gap_points": True,
         "task_accuracy_drop_points": True,
@@ -117,6 +120,8 @@ def test_claims_follow_from_the_contest(monkeypatch: pytest.MonkeyPatch) -> None
     parts = [row["part"] for row in rows]
     assert parts.count("screening") == len(study.readings())
     contest = [row for row in rows if row["part"] == "contest"]
-    assert len(contest) == 2 * len(study.SEEDS) * len({row["name"] for row in contest})
+    assert len(contest) == len(study.SEEDS) * len({row["name"] for row in contest})
+    assert parts.count("contest, benign") == len(contest)
+    assert len({row["name"] for row in contest}) == 2 + study.FINALISTS + len(study.CONTROLS)
     assert {row["split"] for row in rows if row["part"] == "screening"} == {"validation"}
     assert BENIGN.poison == 0
