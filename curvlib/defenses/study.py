@@ -14,7 +14,7 @@ from curvlib.defenses.protocol import Cell, Flags
 from curvlib.defenses.registry import BEFORE, METHODS, OURS
 from curvlib.errors import CurvlibError
 from curvlib.evaluate import scorecard
-from curvlib.evaluate.intervals import RESAMPLES, Estimate, wilson
+from curvlib.evaluate.intervals import RESAMPLES, Estimate, pooled_rate
 from curvlib.progress import bar
 from curvlib.report import Claim
 from curvlib.stages import FineTune
@@ -98,7 +98,7 @@ def _row(name: str, cells: Sequence[Cell], plain: Sequence[Cell]) -> Row:
     row |= {"poison": first.poison, "seeds": len(cells), "n": len(first.harmful)}
     row |= {part: [list(getattr(cell, part)) for cell in cells] for part in scorecard.PARTS}
     for rate, flags in axes(row).items():
-        row |= _ends(rate, pooled(flags))
+        row |= _ends(rate, pooled_rate(flags))
     for cost, field in (("gradient_evaluations", "gradients"), ("seconds", "seconds")):
         spent = [float(getattr(cell, field)) for cell in cells]
         if method.stage == "during":
@@ -122,25 +122,6 @@ def axes(row: Row) -> dict[str, Flags]:
         "over_refusal": (edgy == "refuses").astype(float),
         "task_accuracy": np.array(row["task"], dtype=float),
     }
-
-
-def pooled(flags: Flags, *, seed: int = 0, resamples: int = RESAMPLES) -> Estimate:
-    """Estimate a rate from flags (seeds, prompts): its mean, and the hull of two 95 % intervals.
-
-    One is Wilson's with as many observations as prompts, for a prompt asked of three seeds is no three prompts; it is
-    wide where nothing was seen. The other is the percentile bootstrap that draws seeds and prompts anew, each with
-    replacement; it is wide where seeds differ.
-    """
-    seeds, prompts = flags.shape
-    value, generator = float(flags.mean()), np.random.default_rng(seed)
-    score = wilson(round(value * prompts), prompts)
-    chosen = (
-        generator.integers(seeds, size=(resamples, seeds, 1)),
-        generator.integers(prompts, size=(resamples, 1, prompts)),
-    )
-    drawn = flags[chosen].mean(axis=(1, 2))
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    return Estimate(value, min(score.low, float(low)), max(score.high, float(high)), prompts)
 
 
 def claims(rows: Sequence[Row]) -> list[Claim]:

@@ -97,6 +97,26 @@ def over_seeds(first: ArrayLike, second: ArrayLike, *, seed: int = 0) -> Estimat
     return bootstrap((np.asarray(first, dtype=float) - np.asarray(second, dtype=float)).mean(axis=0), seed=seed)
 
 
+def pooled_rate(flags: ArrayLike, *, seed: int = 0, resamples: int = RESAMPLES) -> Estimate:
+    """Estimate a rate from flags (seeds, prompts): its mean, and the hull of two 95 % intervals.
+
+    One is Wilson's with as many observations as prompts, for a prompt asked of three seeds is no three prompts; it is
+    wide where nothing was seen. The other is the percentile bootstrap that draws seeds and prompts anew, each with
+    replacement; it is wide where seeds differ.
+    """
+    observed: NDArray[Any] = np.asarray(flags, dtype=float)
+    seeds, prompts = observed.shape
+    value, generator = float(observed.mean()), np.random.default_rng(seed)
+    score = wilson(round(value * prompts), prompts)
+    chosen = (
+        generator.integers(seeds, size=(resamples, seeds, 1)),
+        generator.integers(prompts, size=(resamples, 1, prompts)),
+    )
+    drawn = observed[chosen].mean(axis=(1, 2))
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return Estimate(value, min(score.low, float(low)), max(score.high, float(high)), prompts)
+
+
 def cohen_kappa(first: ArrayLike, second: ArrayLike) -> float:
     """Return Cohen's κ = (p_o - p_e) / (1 - p_e): agreement of two raters beyond chance.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import pytest
 
 from curvlib import studies
@@ -49,13 +48,6 @@ def test_a_row_holds_every_rate_and_cost_with_its_ends() -> None:
     assert (ours["gradient_evaluations"], ours["seconds_low"], ours["seconds_high"]) == (40.5, 9.0, 10.0)
     # what acts during fine-tuning pays only what it adds to it
     assert (found["EMA"]["gradient_evaluations"], found["EMA"]["seconds"]) == (0, 0)
-
-
-def test_the_interval_is_wide_where_seeds_differ_and_where_nothing_was_seen() -> None:
-    same, differ = np.tile([1.0] * 30 + [0.0] * 30, (3, 1)), np.repeat([[0.0], [0.5], [1.0]], 60, axis=1).round()
-    narrow, wide = study.pooled(same, resamples=300), study.pooled(differ, resamples=300)
-    assert wide.high - wide.low > 2 * (narrow.high - narrow.low)
-    assert study.pooled(np.zeros((3, 60)), resamples=50).high == pytest.approx(wilson(0, 60).high)
 
 
 def test_claims_count_who_dominates_whom() -> None:

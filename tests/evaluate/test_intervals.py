@@ -57,3 +57,10 @@ def test_impossible_counts_and_samples_are_refused() -> None:
     for samples in [([1.0],), ([1.0, 2.0], [1.0])]:
         with pytest.raises(CurvlibError, match="observations"):
             bootstrap(*samples)
+
+
+def test_the_interval_is_wide_where_seeds_differ_and_where_nothing_was_seen() -> None:
+    same, differ = np.tile([1.0] * 30 + [0.0] * 30, (3, 1)), np.repeat([[0.0], [0.5], [1.0]], 60, axis=1).round()
+    narrow, wide = pooled_rate(same, resamples=300), pooled_rate(differ, resamples=300)
+    assert wide.high - wide.low > 2 * (narrow.high - narrow.low)
+    assert pooled_rate(np.zeros((3, 60)), resamples=50).high == pytest.approx(wilson(0, 60).high)
