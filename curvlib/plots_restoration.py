@@ -47,7 +47,10 @@ def front(rows: Sequence[Row], ours: str) -> Figure:
             colour = BLACK if own[0]["control"] else CYCLE[number % len(CYCLE)]
             (x, y), (xerr, yerr) = zip(*(whiskers([rates(own)[key]]) for key in (part, "harmful")), strict=True)
             axes.errorbar(x, y, xerr=xerr, yerr=yerr, fmt="none", ecolor=colour, alpha=0.3, capsize=0)
-            marker = {"marker": MARKERS[number % len(MARKERS)], "mfc": "none" if own[0]["control"] else colour}
+            marker: dict[str, Any] = {
+                "marker": MARKERS[number % len(MARKERS)],
+                "mfc": "none" if own[0]["control"] else colour,
+            }
             label = f"{number} {name}" if axes is right else None
             axes.plot(x, y, c=colour, ls="", label=label, **marker)
             axes.annotate(str(number), (x[0], y[0]), (5, 4), textcoords="offset points", fontsize=9)
@@ -78,7 +81,7 @@ def regimes(rows: Sequence[Row]) -> Figure:
             }
             values, lengths = whiskers(list(own.values()))
             shift = 0.16 * (number - (len(contenders) - 1) / 2)
-            style = {"fmt": MARKERS[number], "color": CYCLE[number], "label": contender}
+            style: dict[str, Any] = {"fmt": MARKERS[number], "color": CYCLE[number], "label": contender}
             axes.errorbar(values, np.array(list(own)) + shift, xerr=lengths, **style)
         axes.set(xlabel=label, xlim=(-4, 104), ylim=(len(places) - 0.5, -0.5))
     panels[0].set_yticks(list(places.values()), list(places))

@@ -48,5 +48,5 @@ def test_regimes_stand_in_rows_and_contenders_in_colours() -> None:
     legend = panels[0].get_legend()
     assert legend is not None
     assert [text.get_text() for text in legend.get_texts()] == ["ours", "plain", "ours, saved metric"]
-    plain = [container for container in panels[0].containers if container.get_label() == "plain"][0]
+    plain = next(container for container in panels[0].containers if container.get_label() == "plain")
     assert plain[0].get_xdata().tolist() == [10.0, 30.0]  # type: ignore[attr-defined]

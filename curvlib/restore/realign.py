@@ -11,7 +11,7 @@ from itertools import product
 
 from torch import Tensor
 
-from curvlib.batches import Batch, taken_apart
+from curvlib.batches import Batch, Example, taken_apart
 from curvlib.errors import CurvlibError
 from curvlib.evaluate.generate import Model
 from curvlib.finetune import TrainingConfig, train
@@ -27,6 +27,17 @@ def candidates(seed: int = 0) -> list[TrainingConfig]:
     return [TrainingConfig(steps=steps, learning_rate=rate, seed=seed) for rate, steps in product(RATES, STEPS)]
 
 
+def balanced(refusals: list[Example], protected: list[Example]) -> list[Example]:
+    """Return both together, the refusals repeated until they are about as many as the protected chats.
+
+    One refusal among thirty-two other chats would hardly be trained on.
+
+    >>> [len(balanced([Example((1, 2), (-100, 2))] * n, [Example((1, 3), (-100, 3))] * 8)) for n in (1, 3, 8, 20)]
+    [16, 17, 16, 28]
+    """
+    return refusals * max(1, round(len(protected) / len(refusals))) + protected
+
+
 def realign(
     model: Model,
     task_batches: Sequence[Batch],
@@ -39,6 +50,8 @@ def realign(
     seed: int = 0,
 ) -> RestorationResult:
     """Fine-tune the adapter of ``model`` on refusals, task and benign chats together, in place.
+
+    Refusals are as many as the other chats, see :func:`balanced`.
 
     Every run starts from the given adapter. Of those that raise no held-out protected loss by more than
     ``budget.rise``, the shortest is kept that reaches the aligned model's held-out refusal loss, where restoration
@@ -63,7 +76,7 @@ def realign(
         raise CurvlibError("re-alignment got no refusals: give harmful prompts with their refusals")
     budget, runs = budget or Budget(), list(training) or candidates(seed)
     judge = Judge.of(model, "refusal", held_out)
-    mixture = taken_apart([*safety_batches.refusals, *task_batches, *benign_batches])
+    mixture = balanced(taken_apart(safety_batches.refusals), taken_apart([*task_batches, *benign_batches]))
     start, points, gradients = judge.measure(), list[Tensor](), 0
     for run in runs:
         assign(trainable(model), judge.before)

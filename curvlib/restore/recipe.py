@@ -23,15 +23,11 @@ from curvlib.restore.realign import realign
 from curvlib.stages import FineTune, pad_id
 from curvlib.tiers import Tier
 
-CODE = [
-    "loop",
-    "metrics",
-    "objectives",
-    "outcome",
-    "realign",
-    "recipe",
-    "weighted_return",
-]  # files that make a restored adapter
+CODE = {  # files that make a restored adapter, beside outcome.py and objectives.py
+    "realign": ("realign",),
+    "return": ("weighted_return",),
+    "": ("loop", "metrics"),
+}
 FACTOR_CHATS = 64  # a third of a fine-tuning set; each is differentiated twice
 BATCH_SIZE = 8  # chats a forward pass: keeps the activations of a gradient near 1 GB
 
@@ -117,7 +113,8 @@ def restored(tier: Tier, recipe: FineTune, how: Restoration, chats: Chats | None
     chats = chats or restoration_chats(tier, models.load_tokenizer(stages.aligned_source(tier)))
     config = {"fine_tuned": stages.fine_tuned(tier, recipe).parent.name, **asdict(how), "seed": recipe.seed}
     config["texts"] = stages.digest(taken_apart(chats.batches))
-    own = [Path(__file__).with_name(f"{name}.py") for name in CODE]
+    names = CODE.get(how.objective, CODE[""])
+    own = [Path(__file__).with_name(f"{name}.py") for name in ("outcome", "objectives", *names)]
     config["code"] = [code_digest(own), _curvature_code()]
     factors = saved_factors(tier, recipe) if how.metric == "saved" else None
 
