@@ -11,8 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial, reduce
-from operator import add
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -25,6 +24,7 @@ from curvlib import nf4
 from curvlib.errors import CurvlibError
 
 Chain = tuple[Tensor, ...]  # matrices whose product is ΔW: (ΔW,) or (left (out, r), right (r, in))
+Factor = float | Tensor  # of a step: one number, or one for each copy of the input, (k, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,6 @@ class Direction:
     def size(self) -> float:
         """The Frobenius norm over all layers together."""
         return float(torch.tensor([self.norm(name) for name in self.chains]).norm())
-
-    @property
-    def thin(self) -> bool:
-        """Whether every layer is kept as two factors."""
-        return all(len(chain) == 2 for chain in self.chains.values())
 
     def map(self, factor: Callable[[str], Tensor | float]) -> Direction:
         """Return the direction with each layer's left matrix multiplied by ``factor(name)``: a number or (out, 1)."""
@@ -182,11 +177,18 @@ def weight_difference(before: nn.Module, after: nn.Module) -> Direction:
 
 
 @contextmanager
-def moved(model: nn.Module, steps: Sequence[tuple[Direction, float]]) -> Iterator[None]:
+def moved(model: nn.Module, steps: Sequence[tuple[Direction, Factor]]) -> Iterator[None]:
     """Move the model along directions by the factors given, inside the ``with`` block only.
 
     Each layer's output gets ``factor * x @ ΔW.T`` by a forward hook; no parameter is written, and the hooks go when the
-    block ends, however it ends. Blocks nest. Cost: two thin products a layer and direction.
+    block ends, however it ends. Blocks nest.
+
+    Args:
+        model: any model with linear layers.
+        steps: directions with a number each; or with a tensor (k, 1, 1) each, for a pass over k copies of an input, of
+            which every one sees a model of its own.
+
+    Cost: two thin products a layer, whatever the number of low-rank directions; one product for each dense one.
 
     Raises:
         CurvlibError: a direction names a layer that the model does not have.
@@ -197,24 +199,33 @@ def moved(model: nn.Module, steps: Sequence[tuple[Direction, float]]) -> Iterato
         raise CurvlibError(f"the model has no layer '{unknown[0]}': make the direction from a model of the same shape")
     handles = []
     try:
-        for direction, factor in steps:
-            for name, chain in direction.chains.items() if factor else ():
-                handles.append(layers[name].register_forward_hook(partial(_add, chain, factor)))
+        for name, layer in layers.items():
+            own = [(d.chains[name], f) for d, f in steps if name in d.chains and (isinstance(f, Tensor) or f)]
+            for chain, factor in joined(own):
+                handles.append(layer.register_forward_hook(partial(_add, chain, factor)))
         yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def joined(steps: Sequence[tuple[Direction, float]]) -> list[tuple[Direction, float]]:
-    """Return the same steps with all thin ones in one direction, which takes half the time of two; zero steps go."""
-    thin = [factor * direction for direction, factor in steps if factor and direction.thin]
-    rest = [(direction, factor) for direction, factor in steps if factor and not direction.thin]
-    return [*rest, (reduce(add, thin), 1.0)] if thin else rest
+def joined(steps: Sequence[tuple[Chain, Factor]]) -> list[tuple[Chain, Factor]]:
+    """Return one layer's steps with all thin ones in one, which takes half the time of two.
+
+    The factor of the joined step holds one number for each of its columns, (1, 1, r) or (k, 1, r).
+    """
+    thin = [(chain, factor) for chain, factor in steps if len(chain) == 2]
+    if len(thin) < 2:
+        return list(steps)
+    chain = (torch.cat([chain[0] for chain, _ in thin], 1), torch.cat([chain[1] for chain, _ in thin]))
+    parts = [torch.as_tensor(factor).to(own[0]).reshape(-1, 1, 1) for own, factor in thin]
+    copies = max(len(part) for part in parts)
+    factor = torch.cat([part.expand(copies, 1, len(own[1])) for part, (own, _) in zip(parts, thin, strict=True)], 2)
+    return [*((chain, factor) for chain, factor in steps if len(chain) == 1), (chain, factor)]
 
 
-def _add(chain: Chain, factor: float, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    x = inputs[0]
-    for matrix in reversed(chain):
+def _add(chain: Chain, factor: Factor, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    x, (left, *right) = inputs[0], chain
+    for matrix in reversed(right):
         x = x @ matrix.to(x).T
-    return output + factor * x
+    return output + (x * (factor.to(x) if isinstance(factor, Tensor) else factor)) @ left.to(x).T

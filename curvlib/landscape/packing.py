@@ -76,33 +76,40 @@ def pack(losses: Mapping[str, Sequence[Example]]) -> Pack:
     return Pack(ids, depth, visible, sources, targets, owners, tuple(name for name, _ in chats))
 
 
-def pack_logits(model: nn.Module, packed: Pack) -> Tensor:
-    """Return the logits (N, V) that predict the answer tokens, in the order of ``packed.targets``.
+def copies_logits(model: nn.Module, packed: Pack, copies: int) -> Tensor:
+    """Return the logits (copies, N, V) that predict the answer tokens, in the order of ``packed.targets``.
 
-    The head is applied to the nodes that predict an answer token only. Cost: one forward pass over T tokens.
+    The copies differ where the model treats them differently, see :func:`curvlib.landscape.directions.moved`. The head
+    is applied to the nodes that predict an answer token only. Cost: one forward pass over copies × T tokens.
     """
     weights = next(model.parameters())
     dtype = weights.dtype if weights.is_floating_point() else torch.float32
     hidden = torch.zeros(packed.visible.shape, dtype=dtype).masked_fill(~packed.visible, torch.finfo(dtype).min)
     sources, places = packed.sources.unique(return_inverse=True)
     logits: Tensor = model(
-        input_ids=packed.input_ids.to(weights.device),
+        input_ids=packed.input_ids.to(weights.device).expand(copies, -1),
         attention_mask=hidden[None, None].to(weights.device),
-        position_ids=packed.positions.to(weights.device),
+        position_ids=packed.positions.to(weights.device).expand(copies, -1),
         use_cache=False,
         logits_to_keep=sources.to(weights.device),
     ).logits
-    return logits[0, places.to(weights.device)]
+    return logits[:, places.to(weights.device)]
+
+
+def pack_logits(model: nn.Module, packed: Pack) -> Tensor:
+    """Return the logits (N, V) of one copy, see :func:`copies_logits`."""
+    return copies_logits(model, packed, 1)[0]
 
 
 @torch.no_grad()
-def pack_losses(model: nn.Module, packed: Pack) -> dict[str, Tensor]:
-    """Return name -> each chat's mean negative log-likelihood (nats per token) over its own answer tokens, (chats,)."""
-    logits = at_least_float32(pack_logits(model, packed)).cpu()
-    values = cross_entropy(logits, packed.targets, reduction="none")
+def pack_losses(model: nn.Module, packed: Pack, copies: int = 1) -> dict[str, Tensor]:
+    """Return name -> each chat's mean negative log-likelihood (nats per token) over its answer, (copies, chats)."""
+    logits = at_least_float32(copies_logits(model, packed, copies)).cpu()
+    values = cross_entropy(logits.mT, packed.targets.expand(copies, -1), reduction="none")
     count = len(packed.names)
-    means = values.new_zeros(count).index_add(0, packed.chats, values) / packed.chats.bincount(minlength=count)
+    sums = values.new_zeros(copies, count).index_add(1, packed.chats, values)
+    means = sums / packed.chats.bincount(minlength=count)
     return {
-        name: means[[number for number, owner in enumerate(packed.names) if owner == name]]
+        name: means[:, [number for number, owner in enumerate(packed.names) if owner == name]]
         for name in dict.fromkeys(packed.names)
     }

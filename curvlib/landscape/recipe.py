@@ -113,7 +113,7 @@ def packed_chats(tier: Tier) -> Pack:
 
 
 def all_losses(tier: Tier, model: nn.Module) -> Losses:
-    """Return the function that evaluates every loss of :data:`LOSSES` in one pass, one number a chat."""
+    """Return the function that evaluates every loss of :data:`LOSSES` in one pass over so many copies of the chats."""
     return partial(pack_losses, model, packed_chats(tier))
 
 

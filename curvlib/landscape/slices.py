@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from curvlib.errors import CurvlibError
-from curvlib.landscape.directions import Direction, joined, moved
+from curvlib.landscape.directions import Direction, Factor, moved
 from curvlib.progress import bar
 
 Array = NDArray[np.float64]
-Losses = Callable[[], Mapping[str, Tensor]]  # name -> one loss a chat (n,), of the model as it stands
+Losses = Callable[[int], Mapping[str, Tensor]]  # k copies of the chats in one pass: name -> their losses (k, n)
+AT_ONCE = 8  # points in one pass: a weight is dequantised once for all of them, and products are large
 DOUBLINGS, BISECTIONS = 6, 4  # from 1/64 of the first guess to 64 times it, then to about 5 % of the radius
 
 
@@ -58,9 +59,18 @@ def grid(radius: float, count: int) -> Array:
 
 
 @torch.no_grad()
-def _evaluated(losses: Losses) -> Mapping[str, Tensor]:
-    """Return the losses without a graph."""
-    return losses()
+def _evaluated(
+    model: nn.Module,
+    directions: Sequence[Direction],
+    points: Array,
+    losses: Losses,
+    origin: Sequence[tuple[Direction, float]] = (),
+) -> dict[str, Array]:
+    """Return the losses (k, n) at k points, in one pass and without a graph."""
+    factors = [torch.from_numpy(column.copy()).reshape(-1, 1, 1) for column in points.T]
+    steps: list[tuple[Direction, Factor]] = [*origin, *zip(directions, factors, strict=True)]
+    with moved(model, steps):
+        return {name: values.double().cpu().numpy() for name, values in losses(len(points)).items()}
 
 
 def measure(
@@ -79,7 +89,7 @@ def measure(
         model: left as it is, see :func:`curvlib.landscape.directions.moved`.
         directions: d of them.
         points: (K, d).
-        losses: called once a point; all losses come from the same pass.
+        losses: called once for some points; all losses come from the same pass.
         origin: steps that lead from the model to the slice's own origin, such as a fine-tuning step.
         checkpoint: file that keeps the points done; an interrupted call goes on from it. It is removed at the end.
         label: name on the progress bar.
@@ -87,42 +97,45 @@ def measure(
     Raises:
         CurvlibError: the points do not fit the directions, or the checkpoint belongs to another slice.
 
-    Cost: one call of ``losses`` a point.
+    Cost: one call of ``losses`` for every eight points.
     """
     if points.ndim != 2 or points.shape[1] != len(directions):
         raise CurvlibError(
             f"points of shape {points.shape} were given for {len(directions)} directions, expected one column each"
         )
-    rows, begin = _resume(checkpoint, points), time.perf_counter()
-    for factors in bar(points[len(rows) :], desc=label, initial=len(rows), total=len(points)):
-        with moved(model, joined([*origin, *zip(directions, factors.tolist(), strict=True)])):
-            rows.append({name: values.double().cpu().numpy() for name, values in _evaluated(losses).items()})
-        if checkpoint:
-            _save(checkpoint, points, rows)
+    blocks, begin = _resume(checkpoint, points), time.perf_counter()
+    done = sum(len(next(iter(block.values()))) for block in blocks)
+    with bar(desc=label, initial=done, total=len(points)) as progress:
+        for start in range(done, len(points), AT_ONCE):
+            block = points[start : start + AT_ONCE]
+            blocks.append(_evaluated(model, directions, block, losses, origin))
+            progress.update(len(block))
+            if checkpoint:
+                _save(checkpoint, points, _columns(blocks))
     if checkpoint:
         checkpoint.unlink(missing_ok=True)
-    return Slice(points, _columns(rows), time.perf_counter() - begin)
+    return Slice(points, _columns(blocks), time.perf_counter() - begin)
 
 
-def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Array]:
-    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+def _columns(blocks: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
+    return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
 
 
-def _save(checkpoint: Path, points: Array, rows: Sequence[Mapping[str, Any]]) -> None:
+def _save(checkpoint: Path, points: Array, losses: Mapping[str, Array]) -> None:
     temporary = checkpoint.with_suffix(".tmp.npz")
-    np.savez(temporary, allow_pickle=False, points=points, **{f"loss {k}": v for k, v in _columns(rows).items()})
+    kept: dict[str, Any] = {f"loss {name}": values for name, values in losses.items()}
+    np.savez(temporary, allow_pickle=False, points=points, **kept)
     temporary.replace(checkpoint)
 
 
-def _resume(checkpoint: Path | None, points: Array) -> list[dict[str, Any]]:
-    """Return the losses of the points that an interrupted call has measured, if any."""
+def _resume(checkpoint: Path | None, points: Array) -> list[dict[str, Array]]:
+    """Return the losses of the points that an interrupted call has measured, as one block, if any."""
     if not checkpoint or not checkpoint.exists():
         return []
     with np.load(checkpoint, allow_pickle=False) as kept:
         if not np.array_equal(kept["points"], points):
             raise CurvlibError(f"{checkpoint} holds another slice than the one asked for: remove it and start again")
-        columns = {name.removeprefix("loss "): kept[name] for name in kept.files if name != "points"}
-    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        return [{name.removeprefix("loss "): kept[name] for name in kept.files if name != "points"}]
 
 
 def adaptive_radius(
@@ -136,19 +149,19 @@ def adaptive_radius(
     Raises:
         CurvlibError: no factor from 1/64 to 64 times ``start`` brackets the rise.
 
-    Cost: about 8 × 2 d calls of ``losses`` for d directions.
+    Cost: about 8 calls of ``losses`` for 2 d points, d directions.
     """
-    ends = [(direction, sign) for direction in directions for sign in (-1.0, 1.0)]
+    axes = np.eye(len(directions))
 
-    def level(steps: Sequence[tuple[Direction, float]]) -> float:
-        with moved(model, steps):
-            return float(np.mean([float(values.double().mean()) for values in _evaluated(losses).values()]))
+    def level(points: Array) -> float:
+        found = _evaluated(model, directions, points, losses)
+        return float(np.mean([values.mean() for values in found.values()]))
 
-    centre = level(())
+    centre = level(0 * axes[:1])
 
     def risen(radius: float) -> bool:
-        rises = [level([(direction, sign * radius)]) - centre for direction, sign in ends]
-        return not float(np.mean(rises)) < rise  # also where the model has broken and the loss is not a number
+        ends = np.concatenate((-radius * axes, radius * axes))
+        return not level(ends) - centre < rise  # also where the model has broken and the loss is not a number
 
     radius, growing = start, not risen(start)
     for _ in range(DOUBLINGS):

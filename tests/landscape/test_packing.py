@@ -43,18 +43,20 @@ def test_each_chat_has_the_loss_that_it_has_alone() -> None:
     for name, chats in CHATS.items():
         with torch.no_grad():
             alone = torch.cat([chat_losses(model, make_batches([chat], 1, 0)[0]) for chat in chats])
-        assert torch.allclose(found[name], alone, atol=1e-5)
-    assert not torch.allclose(found["b"][0], found["b"][1], atol=1e-3)
+        assert torch.allclose(found[name], alone[None], atol=1e-5)
+    assert not torch.allclose(found["b"][0, 0], found["b"][0, 1], atol=1e-3)
+    twice = pack_losses(model, packed, 2)
+    assert all(torch.allclose(twice[name], values.expand(2, -1), atol=1e-5) for name, values in found.items())
 
 
 @pytest.mark.parametrize("fault", ["positions", "visible"])
 def test_wrong_positions_or_a_plain_causal_mask_would_be_seen(fault: str) -> None:
     model, packed = attentive(), pack(CHATS)
-    right = torch.cat([*pack_losses(model, packed).values()])
+    right = torch.cat([*pack_losses(model, packed).values()], dim=1)
     length = packed.input_ids.shape[1]
     wrong = {"positions": torch.arange(length)[None], "visible": torch.ones(length, length).tril().bool()}
     vars(packed)[fault] = wrong[fault]
-    assert not torch.allclose(torch.cat([*pack_losses(model, packed).values()]), right, atol=1e-3)
+    assert not torch.allclose(torch.cat([*pack_losses(model, packed).values()], dim=1), right, atol=1e-3)
 
 
 def test_curvature_of_a_pack_is_that_of_its_batches() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from curvlib.errors import CurvlibError
 from curvlib.landscape.directions import Direction
-from curvlib.landscape.slices import adaptive_radius, grid, line, measure
+from curvlib.landscape.slices import AT_ONCE, adaptive_radius, grid, line, measure
 from tests import cases
 
 CURVATURE, CENTRE = cases.spd(3), cases.random(3, seed=1)
@@ -25,10 +25,11 @@ class Vector(nn.Module):
         self.theta = nn.Linear(3, 1, bias=False, dtype=torch.float64)
         nn.init.zeros_(self.theta.weight)
 
-    def losses(self) -> dict[str, Tensor]:
-        """Two chats of a quadratic, and a linear loss, of θ in one pass."""
-        theta = self.theta(torch.eye(3, dtype=torch.float64))[:, 0]
-        return {"bowl": torch.stack([quadratic(theta), 3 * quadratic(theta)]), "slope": theta.sum()[None]}
+    def losses(self, copies: int = 1) -> dict[str, Tensor]:
+        """Two chats of a quadratic, and a linear loss, of each copy's θ in one pass."""
+        thetas = self.theta(torch.eye(3, dtype=torch.float64).expand(copies, -1, -1))[..., 0]
+        bowl = torch.stack([quadratic(theta) for theta in thetas])
+        return {"bowl": torch.stack([bowl, 3 * bowl], 1), "slope": thetas.sum(1, keepdim=True)}
 
 
 def quadratic(theta: Tensor) -> Tensor:
@@ -55,23 +56,23 @@ def test_a_slice_of_a_quadratic_is_exact_around_any_origin() -> None:
 
 
 def test_a_killed_slice_goes_on_where_it_was(tmp_path: Path) -> None:
-    model, points, file = Vector(), line(-1, 1, 7), tmp_path / "slice.npz"
+    model, points, file = Vector(), line(-1, 1, 6 * AT_ONCE - 3), tmp_path / "slice.npz"
     whole = measure(model, PLANE[:1], points, model.losses)
     calls = 0
 
-    def killed() -> dict[str, Tensor]:
+    def killed(copies: int) -> dict[str, Tensor]:
         nonlocal calls
         calls += 1
         if calls == 4:
             raise KeyboardInterrupt
-        return model.losses()
+        return model.losses(copies)
 
     with pytest.raises(KeyboardInterrupt):
         measure(model, PLANE[:1], points, killed, checkpoint=file)
     with pytest.raises(CurvlibError, match="holds another slice"):
         measure(model, PLANE[:1], 2 * points, model.losses, checkpoint=file)
     resumed = measure(model, PLANE[:1], points, killed, checkpoint=file)
-    assert calls == 4 + 4
+    assert calls == 4 + 3
     assert not file.exists()
     assert all(np.array_equal(resumed.losses[name], whole.losses[name]) for name in whole.losses)
 
