@@ -91,7 +91,7 @@ def test_the_radius_reaches_the_rise_that_was_asked_for(rise: float) -> None:
 def test_a_rise_out_of_reach_and_a_wrong_grid_are_refused() -> None:
     model = Vector()
     with pytest.raises(CurvlibError, match="ask for another rise"):
-        adaptive_radius(model, PLANE, lambda: {"flat": torch.zeros(1)}, rise=1.0)
+        adaptive_radius(model, PLANE, lambda copies: {"flat": torch.zeros(copies, 1)}, rise=1.0)
     with pytest.raises(CurvlibError, match="expected one column each"):
         measure(model, PLANE, line(0, 1, 3), model.losses)
 
@@ -99,8 +99,8 @@ def test_a_rise_out_of_reach_and_a_wrong_grid_are_refused() -> None:
 def test_a_broken_model_counts_as_risen() -> None:
     model = Vector()
 
-    def broken() -> dict[str, Tensor]:
-        loss = quadratic(model.theta(torch.eye(3, dtype=torch.float64))[:, 0])
-        return {"bowl": torch.where(loss < 30, loss, torch.nan)[None]}
+    def broken(copies: int) -> dict[str, Tensor]:
+        loss = model.losses(copies)["bowl"][:, :1]
+        return {"bowl": torch.where(loss < 30, loss, torch.nan)}
 
     assert 0 < adaptive_radius(model, PLANE, broken, rise=1e6, start=4.0) < 4.0
