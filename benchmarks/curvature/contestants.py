@@ -28,7 +28,7 @@ from curvlib.parameters import flatten, trainable, unflatten
 
 Product = Callable[[Tensor], Tensor]
 Sample = dict[str, Tensor]  # input_ids (B, T) and targets (B, K), the last K tokens
-PARTS = 2  # chats at once in the Hessian product that works in parts
+PARTS = 4  # chats at once in the Hessian product that works in parts
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 
 import torch  # noqa: E402
 
-from benchmarks.curvature.contestants import OURS, PLAIN, contestants  # noqa: E402
+from benchmarks.curvature.contestants import OURS, PARTS, PLAIN, contestants  # noqa: E402
 from benchmarks.curvature.measure import Row, compare  # noqa: E402
 from benchmarks.curvature.page import write_page  # noqa: E402
 from benchmarks.curvature.setups import SETUPS, Setup, smollm2  # noqa: E402
@@ -39,7 +39,7 @@ AXES: dict[str, tuple[int, ...]] = {
     "rank": (2, 8, 32),
     "layers": (10, 20, 30),
 }
-FRUGAL = ("hessian in parts of 2", "ggn", "fisher")  # curvlib's products that promise one gradient's memory
+FRUGAL = (f"hessian in parts of {PARTS}", "ggn", "fisher")  # curvlib's products that promise one gradient's memory
 
 
 def main() -> None:

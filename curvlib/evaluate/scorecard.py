@@ -116,11 +116,15 @@ def stage_scorecard(
     return scorecard(tier, key, lambda: models.load_model(source, device=tier.device), parts=parts)
 
 
+def instrument() -> str:
+    """Return a digest of the code that scores depend on, for the keys of what was measured with it."""
+    return code_digest(Path(__file__).with_name(f"{file}.py") for file in INSTRUMENT)
+
+
 def _measured(tier: Tier, key: Mapping[str, Any], part: str, model: Callable[[], Model], split: str) -> dict[str, Any]:
     sizes = {"harmful": tier.test_harmful, "edgy": tier.test_edgy, "task": tier.test_task}
     name, size = SPLITS[split][part], tier.validation if split == "validation" else sizes[part]
-    instrument = code_digest(Path(__file__).with_name(f"{file}.py") for file in INSTRUMENT)
-    config = {"key": dict(key), "part": part, "size": size, "tokens": NEW_TOKENS, "instrument": instrument}
+    config = {"key": dict(key), "part": part, "size": size, "tokens": NEW_TOKENS, "instrument": instrument()}
     config |= {"split": name} if split != "test" else {}
 
     def build(place: Path) -> None:

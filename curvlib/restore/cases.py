@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from curvlib.curvature.lowrank import sampled_fisher
 from curvlib.evaluate.behaviour import measure_behaviour
 from curvlib.evaluate.generate import Model
 from curvlib.evaluate.likelihood import text_perplexity
-from curvlib.evaluate.scorecard import NEW_TOKENS
+from curvlib.evaluate.scorecard import NEW_TOKENS, instrument
 from curvlib.evaluate.utility import letter_accuracy
 from curvlib.finetune import train
 from curvlib.parameters import assign, flatten, trainable
@@ -72,9 +73,7 @@ def cost(tier: Tier, case: Case) -> Row:
 
 def given_chats(tier: Tier, case: Case) -> Chats:
     """Return what a case's restoration sees; ``shuffled`` deals the answers of refusals and benign chats out anew."""
-    tokenizer = models.load_tokenizer(stages.aligned_source(tier))
-    sizes: dict[str, Any] = dict(case.sizes)
-    given = restoration_chats(replace(tier, **sizes), tokenizer)
+    tokenizer, given = models.load_tokenizer(stages.aligned_source(tier)), _given(tier, case.sizes)
     if case.alone:
         return replace(given, task=[], benign=[], held_out=replace(given.held_out, protected={}))
     if case.control != "shuffled":
@@ -84,6 +83,13 @@ def given_chats(tier: Tier, case: Case) -> Chats:
         given.safety.refusals, given.benign, seed=case.fine_tune.seed, pad_id=pad, batch_size=BATCH_SIZE
     )
     return replace(given, safety=replace(given.safety, refusals=dealt[0]), benign=dealt[1])
+
+
+@cache
+def _given(tier: Tier, sizes: tuple[tuple[str, int], ...]) -> Chats:
+    """Return the tier's chats with other sizes; encoding them takes seconds, and a row of the study asks many times."""
+    changed: dict[str, Any] = dict(sizes)
+    return restoration_chats(replace(tier, **changed), models.load_tokenizer(stages.aligned_source(tier)))
 
 
 def adapter(tier: Tier, case: Case) -> Path:
@@ -138,7 +144,7 @@ def utility(tier: Tier, case: Case) -> Row:
         found |= text_perplexity(model, tokenizer, texts).columns("perplexity")
         (folder / "utility.json").write_text(json.dumps(found), "utf-8")
 
-    config = {"key": key(tier, case), "questions": tier.test_task, "texts": tier.test_edgy}
+    config = {"key": key(tier, case), "questions": tier.test_task, "texts": tier.test_edgy, "instrument": instrument()}
     return _read(artifact("study-utility", config, build) / "utility.json")
 
 
@@ -162,6 +168,7 @@ def attacks(tier: Tier, case: Case) -> Row:
         (folder / "attacks.json").write_text(json.dumps(found), "utf-8")
 
     config = {"key": key(tier, case), "prompts": tier.test_harmful, "rows": RELEARN, "opening": OPENING}
+    config["instrument"] = instrument()
     return _read(artifact("study-attacks", config, build) / "attacks.json")
 
 

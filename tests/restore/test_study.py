@@ -29,7 +29,7 @@ def small(tiny: Tier, monkeypatch: pytest.MonkeyPatch) -> Tier:  # noqa: F811
     task, refusals, benign = (cases.batches(2, seed=seed) for seed in (1, 2, 3))
     safety = SafetyBatches(refusals)
     given = Chats(task, safety, benign, HeldOut(safety, {"task": task, "benign": benign}))
-    monkeypatch.setattr(models_of_study, "restoration_chats", lambda *_: given)
+    monkeypatch.setattr(models_of_study, "_given", lambda *_: given)
     monkeypatch.setattr(stages, "pad_id", lambda _: 0)
     monkeypatch.setattr(stages, "fine_tuning_set", lambda *_: taken_apart(task))
     monkeypatch.setattr(recipe, "pad_id", lambda _: 0)
