@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from curvlib.report import ROOT, Claim, Record, load_record
-from curvlib.studies import STUDIES
+from curvlib.studies import STUDIES, load_study
 
 Group = tuple[str, str, str]  # notebook, tier, claim id
 
@@ -63,7 +63,13 @@ def claims_table(found: Mapping[Group, Sequence[Claim]]) -> str:
     return "\n".join(lines)
 
 
-def missing(folder: Path) -> list[str]:
-    """Return one line for each study whose file is not in the folder yet, with the command that makes it."""
-    absent = [name for name in STUDIES if not (folder / f"{name}.json").exists()]
-    return [f"data/studies/{name}.json is not there yet: python -m curvlib study {name} makes it" for name in absent]
+def missing() -> list[str]:
+    """Return one line for each study that is not measured, or lacks parts, with the command that measures them."""
+    lines = []
+    for name, study in STUDIES.items():
+        command, record = f"python -m curvlib study {name}", load_study(name)
+        if record is None:
+            lines.append(f"data/studies/{name}.json is not there yet: {command} makes it")
+        elif lacking := [part for part in study.parts if part not in record["runs"]]:
+            lines.append(f"data/studies/{name}.json lacks parts: {command} --only '{','.join(lacking)}' adds them")
+    return lines

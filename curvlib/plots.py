@@ -131,6 +131,26 @@ def poison_curve(sweep: Mapping[float, Behaviour]) -> Figure:
     return drawn
 
 
+def verdicts_by_seed(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draw compliance with harmful prompts and over-refusal: a bar for each model's mean, a dot for each seed.
+
+    Args:
+        rows: with ``name``, ``complies_value`` and ``over_refusal_value``, one a model and seed.
+    """
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    drawn, panels = figure(2, width=9.6, height=1.3 + 0.36 * len(names), sharey=True, width_ratios=[1.6, 1])
+    for axes, rate, colour in zip(panels, ("complies", "over_refusal"), (RED, ORANGE), strict=True):
+        for place, name in enumerate(names):
+            values = [100 * row[f"{rate}_value"] for row in rows if row["name"] == name]
+            axes.barh(place, np.mean(values), height=0.6, color=colour, alpha=0.35)
+            axes.plot(values, [place] * len(values), "o", c=colour, mec=BLACK, ms=5)
+        axes.set(xlim=(-4, 104), ylim=(len(names) - 0.5, -0.5))
+    panels[0].set_yticks(range(len(names)), names)
+    panels[0].set(xlabel="harmful prompts complied with, %", title="Harm by seed")
+    panels[1].set(xlabel="look-alikes refused, %", title="Over-refusal by seed")
+    return drawn
+
+
 def token_shifts(shifts: Mapping[str, TokenShift]) -> Figure:
     """Draw the divergence from the aligned model at each answer position, one line a fine-tune."""
     drawn, (axes,) = figure()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from curvlib import gather
+from curvlib import fetch, gather
 from curvlib.errors import CurvlibError
 from curvlib.report import Claim, Record
 
@@ -47,11 +47,18 @@ def test_the_newest_run_of_a_seed_counts(tmp_path: Path) -> None:
     assert [record.claims[0].value for record in gather.load_records(tmp_path)] == [10.0]
 
 
-def test_a_damaged_file_is_named_and_an_absent_study_told(tmp_path: Path) -> None:
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "01_a.results.json").write_text("{}")
     with pytest.raises(CurvlibError, match="is no results file"):
         gather.load_records(tmp_path)
-    (tmp_path / "methods.json").write_text("{}")
-    lines = gather.missing(tmp_path)
-    assert len(lines) == len(gather.STUDIES) - 1
+
+
+def test_absent_studies_and_absent_parts_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch, "data_folder", lambda: tmp_path)
+    (tmp_path / "studies").mkdir()
+    (tmp_path / "studies" / "degradation.json").write_text('{"claims": [], "rows": [], "runs": {"models": {}}}')
+    lines = gather.missing()
+    assert len(lines) == len(gather.STUDIES)
     assert "data/studies/landscape.json is not there yet: python -m curvlib study landscape makes it" in lines
+    told = "data/studies/degradation.json lacks parts: python -m curvlib study degradation --only 'judge' adds them"
+    assert told in lines

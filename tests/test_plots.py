@@ -117,3 +117,16 @@ def test_a_notebook_draws_the_figure_that_a_cell_ends_with(tmp_path: Path) -> No
     assert run_notebook(lesson(tmp_path / "00_figure.ipynb", cell), tmp_path / "run", "ci", 0).fault == ""
     outputs = [output for code in code_cells(read(tmp_path / "run" / "00_figure.ipynb")) for output in code.outputs]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 1
+
+
+def test_every_seed_is_a_dot_over_the_bar_of_their_mean() -> None:
+    rows = [
+        {"name": name, "complies_value": value, "over_refusal_value": 0.1}
+        for name, values in {"a": (0.2, 0.4), "b": (0.9,)}.items()
+        for value in values
+    ]
+    left, right = plots.verdicts_by_seed(rows).axes
+    assert [round(patch.get_width()) for patch in left.patches] == [30, 90]  # type: ignore[attr-defined]
+    assert [list(line.get_xdata()) for line in left.lines] == [[20.0, 40.0], [90.0]]  # type: ignore[call-overload]
+    assert [label.get_text() for label in left.get_yticklabels()] == ["a", "b"]
+    assert len(right.patches) == 2

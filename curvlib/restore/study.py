@@ -125,7 +125,7 @@ def attack_rows(tier: Tier, _: Sequence[Row] = ()) -> list[Row]:
 PARTS: dict[str, Callable[[Tier, Sequence[Row]], list[Row]]] = {
     "screening": screening,
     "contest": partial(contest, POISONED),
-    "contest, benign": partial(contest, BENIGN),
+    "benign contest": partial(contest, BENIGN),
     "settings": settings,
     "regimes": regimes,
     "attacks": attack_rows,

@@ -121,7 +121,7 @@ def test_claims_follow_from_the_contest(monkeypatch: pytest.MonkeyPatch) -> None
     assert parts.count("screening") == len(study.readings())
     contest = [row for row in rows if row["part"] == "contest"]
     assert len(contest) == len(study.SEEDS) * len({row["name"] for row in contest})
-    assert parts.count("contest, benign") == len(contest)
+    assert parts.count("benign contest") == len(contest)
     assert len({row["name"] for row in contest}) == 2 + study.FINALISTS + len(study.CONTROLS)
     assert {row["split"] for row in rows if row["part"] == "screening"} == {"validation"}
     assert BENIGN.poison == 0
