@@ -5,7 +5,8 @@ r"""Exact Hessian products by reverse-over-reverse differentiation.
 Source: Pearlmutter 1994, "Fast exact multiplication by the Hessian". The gradient is differentiated a second time
 rather than in forward mode because torch has no forward derivative of SiLU's backward; the first-order graph of a 4-bit
 layer holds no weight (:mod:`curvlib.nf4`), hence neither does the second-order one. SiLU and the cross-entropy have
-their second derivative in closed form (:mod:`curvlib.curvature.closed_form`).
+their second derivative in closed form (:mod:`curvlib.curvature.closed_form`), adapted layers and norms too
+(:mod:`curvlib.curvature.fused`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from curvlib.curvature.batched import BatchedOperator, BatchT
 from curvlib.curvature.checks import require_sound
 from curvlib.curvature.closed_form import ClosedForm
 from curvlib.curvature.forward import flat_gradient
+from curvlib.curvature.fused import fused
 from curvlib.parameters import Tensors, tensor_list, trainable, unflatten
 
 
@@ -55,6 +57,11 @@ class HessianOperator(BatchedOperator[BatchT]):
         return hessian_vector_product(partial(self.function, batch), self.parameters, v)
 
 
+def _loss(model: nn.Module, batch: Batch) -> Tensor:
+    with fused(model):
+        return answer_loss(model, batch)
+
+
 def hessian(
     model: nn.Module,
     batches: Sequence[Batch],
@@ -77,7 +84,7 @@ def hessian(
         CurvlibError: the model or the parameters are not fit for second-order products.
     """
     targets = trainable(model) if parameters is None else parameters
-    loss = partial(answer_loss, model)
+    loss = partial(_loss, model)
     if check:
         require_sound(model)
         HessianOperator(loss, targets, [batches[0].rows(0, 1)])

@@ -109,7 +109,7 @@ def test_a_product_needs_one_gradients_memory_and_its_vectors(kind: str) -> None
     first, product = told("gradient"), told(kind)
     assert product.retained <= 1.05 * first.retained
     assert product.peak <= 1.05 * first.peak + 2 * product.vector  # the product of a part, and the sum over parts
-    assert told("hessian").retained > 2 * first.retained  # the fault: all chats at once
+    assert told("hessian").retained > 1.5 * first.retained  # the fault: all chats at once
 
 
 def test_shapes_that_depend_on_values_are_refused() -> None:
