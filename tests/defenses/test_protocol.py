@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from curvlib import data
-from curvlib.defenses import protocol
+from curvlib.defenses import protocol, study
 from curvlib.defenses.linear import LINEAR
 from curvlib.defenses.method import Defended, Setting
-from curvlib.defenses.protocol import Cell, cell, search
+from curvlib.defenses.protocol import Cell, cell
 from curvlib.defenses.registry import METHODS
 from curvlib.errors import CurvlibError
 from curvlib.evaluate import scorecard
@@ -87,7 +87,9 @@ def test_the_search_reads_validation_and_takes_the_best(splits: list[str], monke
         return replace(measured, harmful=("complies",), edgy=("complies",), task=right + [False] * (10 - len(right)))
 
     monkeypatch.setattr(protocol, "cell", fake)
-    assert search(TIER, LINEAR) == {"share": 0.4}
+    monkeypatch.setattr(study, "METHODS", {LINEAR.name: LINEAR})
+    rows = [{"part": "search", **row} for row in study.search_rows(TIER)]
+    assert study.chosen(LINEAR.name, rows) == {"share": 0.4}
 
 
 def test_the_score_rewards_selective_refusals_and_the_task() -> None:
