@@ -1,0 +1,58 @@
+"""Who scores, and how: curvlib, kronfluence, bergson, dattri."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor, nn
+
+from benchmarks.influence.peers import bergson, dattri, kronfluence
+from benchmarks.influence.work import Score, Work
+from curvlib.influence.gradients import example_gradients, query_gradients
+from curvlib.influence.inverse import build_inverse
+from curvlib.influence.scores import influence
+from curvlib.nf4 import four_bit_layers
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One way to score; ``installed`` says whether 4-bit layers run on :mod:`curvlib.nf4`."""
+
+    package: str
+    method: str
+    score: Score
+    installed: bool = False
+
+    @property
+    def name(self) -> str:
+        """Package and method: the key of a row."""
+        return f"{self.package}: {self.method}"
+
+
+def ours(method: str, model: nn.Module, work: Work) -> Tensor:
+    """Score with curvlib: gradients on disk in bfloat16, the inverse applied to each query."""
+    rows = example_gradients(model, work.examples, folder=work.folder)
+    inverse = build_inverse(method, model, work.seen, damping=work.damping)
+    return influence(rows, query_gradients(model, work.queries), inverse).float().cpu()
+
+
+PEERS: tuple[tuple[str, str, Score], ...] = (
+    ("kronfluence", "ekfac", kronfluence),
+    ("bergson", "ekfac", bergson),
+    ("dattri", "datainf", partial(dattri, "datainf")),
+    ("dattri", "ekfac", partial(dattri, "ekfac")),
+)
+OURS = tuple(Contestant("curvlib", method, partial(ours, method), installed=True) for method in ("fisher", "ekfac"))
+OTHERS = tuple(Contestant(*peer) for peer in PEERS)
+HELPED = tuple(Contestant(f"{package} on curvlib.nf4", method, score, True) for package, method, score in PEERS)
+
+
+def contestants(four_bit: bool) -> tuple[Contestant, ...]:
+    """Return all that can be tried; peers on curvlib's 4-bit layer only where there is one."""
+    return OURS + OTHERS + (HELPED if four_bit else ())
+
+
+def has_four_bit(model: nn.Module) -> bool:
+    """Tell whether a model has 4-bit layers."""
+    return bool(four_bit_layers(model))

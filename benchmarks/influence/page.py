@@ -1,0 +1,65 @@
+"""The README's tables, made from results.json."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+BEGIN, END = "<!-- results: begin -->\n", "<!-- results: end -->\n"
+Results = dict[str, Any]
+Row = dict[str, Any]
+
+
+def write_page(results: Results, folder: Path) -> None:
+    """Put the tables between the two marks of the folder's README.md."""
+    readme = folder / "README.md"
+    text = readme.read_text("utf-8") if readme.exists() else f"# Results\n\n{BEGIN}{END}"
+    head, _, rest = text.partition(BEGIN)
+    readme.write_text(head + BEGIN + body(results) + END + rest.partition(END)[2], encoding="utf-8")
+
+
+def body(results: Results) -> str:
+    """Return all tables in Markdown."""
+    where = f"{results['device']}, {results['threads']} threads" if results["device"] == "cpu" else results["device"]
+    versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
+    size = f"{results['queries']} queries × {results['examples']} chats"
+    parts = [f"Measured on {where}: {size}, {results['subsets']} retrainings for the LDS. {versions}.\n"]
+    parts += [
+        f"### {case['title']}\n\n{table(case['rows'])}\n{verdict(case['rows'])}" for case in results["cases"].values()
+    ]
+    return "\n".join(parts)
+
+
+def table(rows: list[Row]) -> str:
+    """Return one line a contestant."""
+    lines = [
+        "| package | method | seconds | peak, MiB (before) | LDS (95 %) | rank correlation with curvlib's EK-FAC |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        head = f"| {row['package']} | {row['method']} "
+        if row["error"]:
+            lines.append(f"{head}| fails: {row['error'].replace('|', '/')} | | | |")
+            continue
+        memory = f"{row['peak_memory_mb']:.0f} ({row['before_mb']:.0f})"
+        score = "" if row["lds"] is None else "{:.2f} ({:.2f} to {:.2f})".format(*row["lds"])
+        ranks = "" if row["correlation"] is None else f"{row['correlation']:.2f}"
+        lines.append(f"{head}| {row['seconds']:.3g} | {memory} | {score} | {ranks} |")
+    return "\n".join(lines) + "\n"
+
+
+def verdict(rows: list[Row]) -> str:
+    """Return where a peer did better than curvlib's best, or that none did."""
+    done = [row for row in rows if not row["error"]]
+    found = []
+    for quantity, key, sign in (("time", "seconds", 1), ("peak memory", "peak_memory_mb", 1), ("LDS", "lds", -1)):
+        values = [(row, sign * (row[key][0] if key == "lds" else row[key])) for row in done if row[key] is not None]
+        best = min((value for row, value in values if row["package"] == "curvlib"), default=None)
+        if best is None:
+            continue
+        found += [
+            f"{row['package']} ({row['method']}) in {quantity}, {sign * value:.3g} against {sign * best:.3g}"
+            for row, value in values
+            if row["package"] != "curvlib" and value < best
+        ]
+    return f"A peer did better: {'; '.join(found)}.\n" if found else "No peer that ran did better.\n"
