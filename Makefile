@@ -3,6 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TIER ?= cpu
 SEED ?= 0
+BENCH ?= curvature
 
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -14,7 +15,7 @@ STAMP := $(VENV)/.ready-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -f1)
 
 help: ## List the targets, one line of prose each.
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
-	@echo "Variables: TIER=$(TIER) SEED=$(SEED) PYTHON=$(PYTHON) TORCH=$(TORCH)"
+	@echo "Variables: TIER=$(TIER) SEED=$(SEED) PYTHON=$(PYTHON) TORCH=$(TORCH) BENCH=$(BENCH)"
 
 setup: $(STAMP) ## Make the virtual environment in .venv and install curvlib with all it needs.
 
@@ -36,9 +37,9 @@ lint: setup ## Check style with ruff and types with mypy.
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
 
-bench: setup ## Run every benchmarks/*/run.py and write its results beside it.
-	$(RUN) -m pip install --quiet --editable ".[test,bench]"
-	@for script in $(wildcard benchmarks/*/run.py); do $(RUN) $$script || exit 1; done
+bench: setup ## Run benchmarks/BENCH/run.py (curvature, influence or landscape) and write its results beside it.
+	$(RUN) -m pip install --quiet --editable ".[test,$(if $(filter influence,$(BENCH)),bench-influence,bench)]"
+	$(RUN) benchmarks/$(BENCH)/run.py
 
 lab: setup ## Open the notebooks in JupyterLab.
 	$(RUN) -m jupyterlab notebooks
