@@ -5,7 +5,7 @@
     python benchmarks/influence/run.py --only curvlib,kronfluence --cases smollm2_dense --output DIR
     python benchmarks/influence/run.py --device cuda --output DIR
 
-The peers come with ``pip install -e .[bench-influence]``; one that is missing or fails has its error recorded in its row.
+The peers come with ``pip install -e .[bench-influence]``; one that is missing or fails has its error in its row.
 Every row is written when it is done, so that an interrupted run keeps what it has.
 """
 

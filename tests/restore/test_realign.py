@@ -12,6 +12,7 @@ from curvlib.errors import CurvlibError
 from curvlib.finetune import TrainingConfig, train
 from curvlib.parameters import flatten, trainable
 from curvlib.restore import Budget, HeldOut, RestorationResult, SafetyBatches
+from curvlib.restore.outcome import Judge
 from curvlib.restore.realign import candidates, realign
 from tests import cases
 
@@ -26,10 +27,10 @@ def run(model: Any, **settings: Any) -> RestorationResult:
     return realign(model, TASK, SafetyBatches(REFUSALS), **settings)
 
 
-def test_it_is_plain_fine_tuning_on_the_same_chats() -> None:
+def test_it_is_plain_fine_tuning_on_the_same_chats_with_refusals_as_many_as_the_others() -> None:
     model, twin = cases.nf4_llama(), cases.nf4_llama()
     result = run(model, training=RUNS[1:])
-    train(twin, taken_apart([*REFUSALS, *TASK, *BENIGN]), RUNS[1], pad_id=0)
+    train(twin, taken_apart([*REFUSALS, *REFUSALS, *TASK, *BENIGN]), RUNS[1], pad_id=0)
     torch.testing.assert_close(result.after, flatten(trainable(twin)))
     torch.testing.assert_close(flatten(trainable(model)), result.after)
     assert (result.products, result.gradients) == (0, 8)
@@ -43,6 +44,13 @@ def test_the_run_is_the_best_that_stays_in_budget_and_each_starts_anew() -> None
     strict = run(cases.nf4_llama(), training=RUNS[::-1], budget=Budget(rise=sum(rises) / 2))
     assert strict.steps[1].trust == RUNS[rises.index(min(rises))].learning_rate
     assert strict.trials[2].safety == pytest.approx(free.trials[1].safety, abs=1e-5)
+
+
+def test_of_the_runs_that_reach_the_aligned_models_loss_the_shortest_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Judge, "goal", lambda _: 1e9)
+    found = run(cases.nf4_llama(), training=RUNS[::-1])
+    assert found.steps[1] == min(found.trials[1:], key=lambda trial: trial.norm)
+    assert found.steps[1].trust == 1e-3
 
 
 def test_nothing_moves_when_no_run_passes() -> None:
