@@ -15,7 +15,7 @@ Row = Mapping[str, Any]
 AXES = {
     "harmful": ("complies", "harmful compliance, %"),
     "edgy": ("refuses", "over-refusal, %"),
-    "task": ("", "task, %"),
+    "task": ("", "task accuracy, %"),
 }
 
 
@@ -85,5 +85,5 @@ def regimes(rows: Sequence[Row]) -> Figure:
             axes.errorbar(values, np.array(list(own)) + shift, xerr=lengths, **style)
         axes.set(xlabel=label, xlim=(-4, 104), ylim=(len(places) - 0.5, -0.5))
     panels[0].set_yticks(list(places.values()), list(places))
-    panels[0].legend(ncols=len(contenders), loc="lower left", bbox_to_anchor=(0, 1), fontsize=10, columnspacing=1.2)
+    drawn.legend(*panels[0].get_legend_handles_labels(), ncols=len(contenders), loc="outside upper left", fontsize=10)
     return drawn

@@ -43,10 +43,9 @@ def test_the_front_numbers_every_model_once_and_circles_ours() -> None:
 
 def test_regimes_stand_in_rows_and_contenders_in_colours() -> None:
     names = ("ours, 1 safety chats", "plain, 1 safety chats", "ours, saved metric, alone", "plain, alone")
-    panels = plots_restoration.regimes([row(name, number) for number, name in enumerate(names)]).axes
+    drawn = plots_restoration.regimes([row(name, number) for number, name in enumerate(names)])
+    panels = drawn.axes
     assert [label.get_text() for label in panels[0].get_yticklabels()] == ["1 safety chats", "alone"]
-    legend = panels[0].get_legend()
-    assert legend is not None
-    assert [text.get_text() for text in legend.get_texts()] == ["ours", "plain", "ours, saved metric"]
+    assert [text.get_text() for text in drawn.legends[0].get_texts()] == ["ours", "plain", "ours, saved metric"]
     plain = next(container for container in panels[0].containers if container.get_label() == "plain")
     assert plain[0].get_xdata().tolist() == [10.0, 30.0]  # type: ignore[attr-defined]
