@@ -30,17 +30,6 @@ def test_rates_are_means_over_seeds() -> None:
     assert found["harmful"].n == 10
 
 
-def test_the_front_numbers_every_model_once_and_circles_ours() -> None:
-    rows = [row("ours", 1), row("ours", 3), row("nothing", 9, control="nothing")]
-    left, right = plots_restoration.front(rows, "ours").axes
-    assert [text.get_text() for text in left.texts] == ["1", "2"]
-    legend = right.get_legend()
-    assert legend is not None
-    assert [text.get_text() for text in legend.get_texts()] == ["1 ours", "2 nothing"]
-    circles = [line for line in left.lines if line.get_markersize() == 15]
-    assert [tuple(line.get_xydata()[0]) for line in circles] == [(10.0, 20.0)]  # type: ignore[index]
-
-
 def test_regimes_stand_in_rows_and_contenders_in_colours() -> None:
     names = ("ours, 1 safety chats", "plain, 1 safety chats", "ours, saved metric, alone", "plain, alone")
     drawn = plots_restoration.regimes([row(name, number) for number, name in enumerate(names)])

@@ -9,9 +9,9 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.readme import fill
 from curvlib.plots import BLUE, CYCLE, MARKERS, figure
 
-BEGIN, END = "<!-- results: begin -->\n", "<!-- results: end -->\n"
 MIB = 2**20
 KINDS = {"hessian": "Hessian", "ggn": "Gauss-Newton", "fisher": "Fisher", "gradient": "gradient"}
 Results = dict[str, Any]
@@ -21,10 +21,7 @@ Row = dict[str, Any]
 def write_page(results: Results, folder: Path) -> None:
     """Write ``products.png`` and put the tables between the two marks of the folder's README.md."""
     draw(results).savefig(folder / "products.png", dpi=110, bbox_inches="tight")
-    readme = folder / "README.md"
-    text = readme.read_text("utf-8") if readme.exists() else f"# Results\n\n{BEGIN}{END}"
-    head, _, rest = text.partition(BEGIN)
-    readme.write_text(head + BEGIN + body(results) + END + rest.partition(END)[2], encoding="utf-8")
+    fill(folder, body(results))
 
 
 def body(results: Results) -> str:

@@ -5,17 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-BEGIN, END = "<!-- results: begin -->\n", "<!-- results: end -->\n"
+from benchmarks.readme import fill
+
 Results = dict[str, Any]
 Row = dict[str, Any]
 
 
 def write_page(results: Results, folder: Path) -> None:
     """Put the tables between the two marks of the folder's README.md."""
-    readme = folder / "README.md"
-    text = readme.read_text("utf-8") if readme.exists() else f"# Results\n\n{BEGIN}{END}"
-    head, _, rest = text.partition(BEGIN)
-    readme.write_text(head + BEGIN + body(results) + END + rest.partition(END)[2], encoding="utf-8")
+    fill(folder, body(results))
 
 
 def body(results: Results) -> str:

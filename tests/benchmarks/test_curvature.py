@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks import readme
 from benchmarks.curvature import page
 from benchmarks.curvature.contestants import OURS, PLAIN, Contestant, matmul
 from benchmarks.curvature.measure import Row, compare
@@ -65,7 +66,7 @@ def test_the_page_keeps_its_prose_and_tells_where_a_peer_wins(rows: list[Row], t
     grown = [case["rows"][0] | {"axis": "chats", "value": value} for value in (1, 2)]
     results = {"device": "cpu", "threads": 1, "rows": 2, "length": 8, "repeats": 2, "versions": {"torch": "x"}}
     results |= {"cases": {"tiny": case}, "growth": grown}
-    (tmp_path / "README.md").write_text(f"before\n{page.BEGIN}old\n{page.END}after\n")
+    (tmp_path / "README.md").write_text(f"before\n{readme.BEGIN}old\n{readme.END}after\n")
     for _ in range(2):
         page.write_page(results, tmp_path)
     text = (tmp_path / "README.md").read_text()

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks import readme
 from benchmarks.influence import measure, page, run, setups
 from benchmarks.influence.check import agreement
 from benchmarks.influence.contestants import HELPED, OTHERS, OURS, Contestant
@@ -124,14 +125,14 @@ def test_an_interrupted_run_keeps_its_rows_and_the_page_tells_them(
     monkeypatch.setattr(run, "in_own_process", prepare)
     monkeypatch.setattr(run, "row_of", lambda *_: next(made, None) or pytest.exit("interrupted"))
     monkeypatch.setattr("sys.argv", ["run.py", "--cases", "smollm2_dense", "--output", str(tmp_path)])
-    (tmp_path / "README.md").write_text(f"before\n{page.BEGIN}old\n{page.END}after\n")
+    (tmp_path / "README.md").write_text(f"before\n{readme.BEGIN}old\n{readme.END}after\n")
     with pytest.raises(pytest.exit.Exception):
         run.main()
     results, text = json.loads((tmp_path / "results.json").read_text()), (tmp_path / "README.md").read_text()
     assert [results[key] for key in ("method", *run.KEYS)] == ["fisher", 2.0, 900.0, 0.5]
     peer = {"method": "b", "seconds_64x1000": 1.0, "peak_memory_mb": 900.0, "lds": 0.5}
     assert results["peers"] == {"peer": {**peer, "errors": {"a": "OSError: a|b"}}}
-    assert text.startswith(f"before\n{page.BEGIN}Measured on cpu")
+    assert text.startswith(f"before\n{readme.BEGIN}Measured on cpu")
     assert text.endswith("after\n")
     assert "old" not in text
     assert text.count("fails: OSError: a/b") == 1
