@@ -166,10 +166,10 @@ def write_atomically(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def installed_versions() -> dict[str, str]:
-    """Versions of Python, curvlib and the libraries that the numbers depend on."""
+def installed_versions(*more: str) -> dict[str, str]:
+    """Versions of Python, curvlib and the libraries that the numbers depend on, and of ``more`` distributions."""
     found = {"python": platform.python_version(), "curvlib": __version__}
-    for name in DISTRIBUTIONS:
+    for name in (*DISTRIBUTIONS, *more):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

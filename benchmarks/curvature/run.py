@@ -15,7 +15,6 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +75,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "benchmark": "curvature",
         "device": device_name() if options.device == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
-        "versions": installed_versions() | {name: installed(name) for name in PEERS},
+        "versions": installed_versions(*PEERS),
         "rows": options.rows,
         "length": options.length,
         "repeats": options.repeats,
@@ -89,14 +88,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         found["nf4_relative_error_bfloat16"] = bfloat16_error(options)
     growth = list(grow(options)) if "smollm2_nf4" in cases else []
     return found | {"cases": cases, "growth": growth}
-
-
-def installed(name: str) -> str:
-    """Return a distribution's version."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def run_case(setup: Setup, options: argparse.Namespace) -> dict[str, Any]:

@@ -19,7 +19,6 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +121,7 @@ def summary(options: argparse.Namespace, cases: Cases) -> dict[str, Any]:
         "benchmark": "influence",
         "device": device_name() if options.device == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
-        "versions": installed_versions() | {name: installed(name) for name in PEERS},
+        "versions": installed_versions(*PEERS),
         "queries": options.queries,
         "examples": options.examples,
         "subsets": options.subsets,
@@ -152,14 +151,6 @@ def keys(rows: list[dict[str, Any]], package: str, own_size: bool) -> dict[str, 
         )
         found = dict(zip(found, numbers, strict=True))
     return found | {"errors": {row["method"]: row["error"] for row in own if row["error"]}}
-
-
-def installed(name: str) -> str:
-    """Return a distribution's version."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 if __name__ == "__main__":
