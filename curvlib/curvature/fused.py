@@ -98,9 +98,10 @@ def _adapted(module: Any, x: Tensor) -> Tensor:
 class _Adapted(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, layer: Linear4bit, s: float) -> Tensor:
-        ctx.save_for_backward(x, a, b)
+        h = x @ a.T
+        ctx.save_for_backward(x, a, b, h)
         ctx.rest = layer, s
-        return transposable_matmul(x, layer).addmm_(x @ a.T, b.T, alpha=s)
+        return transposable_matmul(x, layer).addmm_(h, b.T, alpha=s)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None]:
@@ -109,17 +110,21 @@ class _Adapted(torch.autograd.Function):
 
 
 class _AdaptedSlope(torch.autograd.Function):
-    """The gradient of an adapted layer with respect to x (None if it is not wanted), A and B."""
+    """The gradient of an adapted layer with respect to x (None if it is not wanted), A and B.
+
+    ``h`` is given as a number that was computed before; its own dependence on x and A is in the derivatives.
+    A product such as gᵀh is written (hᵀg)ᵀ: with a tall g it is two to four times as fast on a CPU.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, g: Tensor, x: Tensor, a: Tensor, b: Tensor, layer: Linear4bit, s: float, wanted: bool
+        ctx: Any, g: Tensor, x: Tensor, a: Tensor, b: Tensor, h: Tensor, layer: Linear4bit, s: float, wanted: bool
     ) -> tuple[Tensor | None, Tensor, Tensor]:
-        u, h = g @ b, x @ a.T
+        u = g @ b
         ctx.save_for_backward(g, x, a, b, u, h)
         ctx.rest = layer, s
         back = transposable_matmul(g, layer, transposed=True).addmm_(u, a, alpha=s) if wanted else None
-        return back, (u.T @ x).mul_(s), (g.T @ h).mul_(s)
+        return back, (u.T @ x).mul_(s), (h.T @ g).mul_(s).T
 
     @staticmethod
     @once_differentiable
@@ -135,7 +140,7 @@ class _AdaptedSlope(torch.autograd.Function):
         along = transposable_matmul(c, layer).addmm_(*pair, alpha=s) if c is not None else (pair[0] @ pair[1]).mul_(s)
         inward = torch.addmm(x.new_zeros(()), torch.cat((u, q), 1), torch.cat((ca, a)), beta=0, alpha=s)
         down = q.T @ x if c is None else (q.T @ x).addmm_(u.T, c)
-        return along, inward, down.mul_(s), (g.T @ p).mul_(s), None, None, None
+        return along, inward, down.mul_(s), (p.T @ g).mul_(s).T, None, None, None, None
 
 
 def _norm(module: Any, x: Tensor) -> Tensor:
