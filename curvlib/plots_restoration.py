@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from curvlib.evaluate.intervals import Estimate, pooled_rate
 from curvlib.plots import CYCLE, MARKERS, figure, whiskers
+from curvlib.plots_methods import pareto
 
 Row = Mapping[str, Any]
 AXES = {
@@ -26,6 +27,26 @@ def rates(rows: Sequence[Row]) -> dict[str, Estimate]:
 
 def _flags(values: Sequence[Any], verdict: str) -> list[float]:
     return [float(value == verdict if verdict else value) for value in values]
+
+
+def contest(rows: Sequence[Row], ours: str, references: Sequence[str]) -> Figure:
+    """Draw the Pareto front of the contest: compliance against over-refusal and task accuracy, pooled over seeds.
+
+    Args:
+        rows: those of the study's part ``contest``, one a model and seed.
+        ours: name of the model that is circled.
+        references: names of the models that nothing restored.
+    """
+    names = {"harmful": "harmful_compliance", "edgy": "over_refusal", "task": "task_accuracy"}
+    points = []
+    for model in dict.fromkeys(row["name"] for row in rows):
+        stage = "reference" if model in references else "after"
+        point: dict[str, Any] = {"name": model, "stage": stage}
+        for part, found in rates([row for row in rows if row["name"] == model]).items():
+            ends = {"": found.value, "_low": found.low, "_high": found.high}
+            point |= {names[part] + end: value for end, value in ends.items()}
+        points.append(point)
+    return pareto(points, ours)
 
 
 def regimes(rows: Sequence[Row]) -> Figure:

@@ -38,3 +38,13 @@ def test_regimes_stand_in_rows_and_contenders_in_colours() -> None:
     assert [text.get_text() for text in drawn.legends[0].get_texts()] == ["ours", "plain", "ours, saved metric"]
     plain = next(container for container in panels[0].containers if container.get_label() == "plain")
     assert plain[0].get_xdata().tolist() == [10.0, 30.0]  # type: ignore[attr-defined]
+
+
+def test_the_contest_pools_seeds_and_circles_ours() -> None:
+    rows = [row("ours", 0), row("ours", 2), row("start", 10), row("start", 8)]
+    left = plots_restoration.contest(rows, "ours", ["start"]).axes[0]
+    points = {line.get_marker(): line.get_xydata().tolist() for line in left.lines if line.get_markersize() != 14}
+    assert points["o"] == [[10.0, 10.0]]
+    assert points["P"] == [[10.0, 90.0]]
+    circle = next(line for line in left.lines if line.get_markersize() == 14)
+    assert circle.get_xydata().tolist() == [[10.0, 10.0]]

@@ -1,4 +1,4 @@
-r"""Second derivatives of SiLU and cross-entropy in closed form, for reverse-over-reverse products.
+r"""Second derivatives of SiLU, softmax and cross-entropy in closed form, for reverse-over-reverse products.
 
 Under ``create_graph`` torch takes the derivative of SiLU, and differentiates that of the log-softmax, operation by
 operation: some twenty passes over arrays as large as the layer's output, most of them kept in the graph. With
@@ -25,10 +25,10 @@ CHUNK = 1 << 17  # numbers worked on at once: 512 kB in float32 stay in a core's
 
 
 class ClosedForm(TorchFunctionMode):
-    """Inside the ``with`` block, give ``silu`` and the mean ``cross_entropy`` their closed forms; leave the rest."""
+    """Inside the ``with`` block, give ``silu``, ``softmax`` and the mean ``cross_entropy`` their closed forms."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Replace a call of either function with default options; run any other one as it is."""
+        """Replace a call of one of these functions with default options; run any other call as it is."""
         options = kwargs or {}
         if func is silu and not options.get("inplace") and args[0].requires_grad:
             return _Silu.apply(args[0])  # type: ignore[no-untyped-call]  # torch's apply

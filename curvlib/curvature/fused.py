@@ -42,7 +42,7 @@ GATED = ("LlamaMLP", "MistralMLP", "Qwen2MLP")  # those that return down(act(gat
 
 @contextmanager
 def fused(model: nn.Module) -> Iterator[None]:
-    """Run the model's adapted 4-bit layers and RMS norms in closed form, inside the ``with`` block only.
+    """Run the model's adapted 4-bit layers, RMS norms and gated units in closed form, inside the ``with`` block only.
 
     What has another form (dropout, DoRA, several adapters, a bias, a trained norm, 16-bit numbers) stays as it is, and
     so does a model under gradient checkpointing.

@@ -4,9 +4,9 @@ r"""Exact Hessian products by reverse-over-reverse differentiation.
 
 Source: Pearlmutter 1994, "Fast exact multiplication by the Hessian". The gradient is differentiated a second time
 rather than in forward mode because torch has no forward derivative of SiLU's backward; the first-order graph of a 4-bit
-layer holds no weight (:mod:`curvlib.nf4`), hence neither does the second-order one. SiLU and the cross-entropy have
-their second derivative in closed form (:mod:`curvlib.curvature.closed_form`), adapted layers and norms too
-(:mod:`curvlib.curvature.fused`).
+layer holds no weight (:mod:`curvlib.nf4`), hence neither does the second-order one. SiLU, softmax and cross-entropy
+have their second derivative in closed form (:mod:`curvlib.curvature.closed_form`), adapted layers, norms and gated
+units too (:mod:`curvlib.curvature.fused`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from curvlib.parameters import Tensors, tensor_list, trainable, unflatten
 
 
 def hessian_vector_product(loss: Callable[[], Tensor], parameters: Tensors, v: Tensor) -> Tensor:
-    r"""Return :math:`H v` (P,) for a scalar ``loss()``; costs about 2 to 2.5 gradients.
+    r"""Return :math:`H v` (P,) for a scalar ``loss()``; costs about 2.2 gradients.
 
     Memory: the graph of the gradient on top of that of the loss, about 2.1 times a first-order gradient's.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, silu
+from torch.nn.functional import cross_entropy, silu, softmax
 
 from curvlib.batches import answer_loss
 from curvlib.curvature.closed_form import ClosedForm
@@ -17,7 +17,7 @@ TARGETS = torch.tensor([0, 3, 1, 1, 2])
 
 
 def loss(x: Tensor) -> Tensor:
-    return cross_entropy(silu(x), TARGETS)
+    return cross_entropy(silu(x) * softmax(x, dim=-1), TARGETS)
 
 
 def test_derivatives_are_torchs_own() -> None:
@@ -53,6 +53,8 @@ def test_other_calls_are_left_alone() -> None:
         assert torch.isclose(cross_entropy(x, TARGETS, reduction="sum"), 5 * cross_entropy(x, TARGETS))
         skipped = torch.where(TARGETS == 1, -100, TARGETS)
         assert cross_entropy(x, skipped, ignore_index=-100).isfinite()
+        assert torch.equal(softmax(x, dim=0), softmax(x.detach(), dim=0))
+        assert softmax(x, dim=-1, dtype=torch.float32).dtype == torch.float32
 
 
 def test_a_language_models_product_keeps_less() -> None:
