@@ -52,7 +52,8 @@ def _is_plain(args: tuple[Any, ...], options: dict[str, Any]) -> bool:
 def _is_last(args: tuple[Any, ...], options: dict[str, Any]) -> bool:
     """Tell whether a softmax is over the last dimension, its input's format kept."""
     x, dim = args[0], args[1] if len(args) > 1 else options.get("dim")
-    return bool(len(args) < 3 and x.requires_grad and dim in (-1, x.ndim - 1) and options.get("dtype") in (None, x.dtype))
+    kept = len(args) < 3 and options.get("dtype") in (None, x.dtype)
+    return bool(kept and x.requires_grad and dim in (-1, x.ndim - 1))
 
 
 class _Softmax(torch.autograd.Function):
