@@ -23,6 +23,7 @@ def pareto(rows: Sequence[Mapping[str, Any]], ours: str) -> Figure:
     """
     drawn, (left, right) = figure(2, width=10.5, height=1.6 + 0.22 * len(rows), sharey=True)
     for axes, rate in ((left, "over_refusal"), (right, "task_accuracy")):
+        together: dict[tuple[int, int], tuple[tuple[float, float], list[int]]] = {}  # points that lie on one another
         for number, row in enumerate(rows, 1):
             colour, marker = STAGES[row["stage"]]
             point = 100 * row[rate], 100 * row["harmful_compliance"]
@@ -36,9 +37,11 @@ def pareto(rows: Sequence[Mapping[str, Any]], ours: str) -> Figure:
             axes.errorbar(*point, **bars, fmt="none", ecolor=colour, alpha=0.25, capsize=0)
             label = f"{number} {row['name']}" if axes is right else None
             axes.plot(*point, marker, c=colour, label=label)
-            axes.annotate(str(number), point, (4, 4), textcoords="offset points", fontsize=9)
+            together.setdefault((round(point[0] / 2), round(point[1] / 4)), (point, []))[1].append(number)
             if row["name"] == ours:
                 axes.plot(*point, "o", ms=14, mfc="none", mec=RED, mew=1.5)
+        for place, numbers in together.values():
+            axes.annotate(", ".join(map(str, numbers)), place, (5, 5), textcoords="offset points", fontsize=9)
     left.set(xlabel="over-refusal, % (less is better)", ylabel="harmful compliance, % (less is better)")
     right.set(xlabel="task accuracy, % (more is better)")
     left.set_title("Harm against over-refusal")
