@@ -30,6 +30,8 @@ class ClosedForm(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Replace a call of one of these functions with default options; run any other call as it is."""
         options = kwargs or {}
+        if not args:  # all are named: not how models call them
+            return func(**options)
         if func is silu and not options.get("inplace") and args[0].requires_grad:
             return _Silu.apply(args[0])  # type: ignore[no-untyped-call]  # torch's apply
         if func is cross_entropy and _is_plain(args, options):

@@ -54,6 +54,7 @@ def test_other_calls_are_left_alone() -> None:
         skipped = torch.where(TARGETS == 1, -100, TARGETS)
         assert cross_entropy(x, skipped, ignore_index=-100).isfinite()
         assert torch.equal(softmax(x, dim=0), softmax(x.detach(), dim=0))
+        assert torch.equal(softmax(input=x, dim=-1), softmax(x.detach(), dim=-1))
         assert softmax(x, dim=-1, dtype=torch.float32).dtype == torch.float32
 
 
