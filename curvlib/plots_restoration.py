@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from curvlib.evaluate.intervals import Estimate, pooled_rate
 from curvlib.plots import CYCLE, MARKERS, figure, whiskers
 from curvlib.plots_methods import pareto
+from curvlib.restore.study import flags
 
 Row = Mapping[str, Any]
 AXES = {
@@ -22,11 +23,7 @@ AXES = {
 
 def rates(rows: Sequence[Row]) -> dict[str, Estimate]:
     """Return part -> rate over the rows of one model at several seeds: compliance, over-refusal, task accuracy."""
-    return {part: pooled_rate([_flags(row[part], verdict) for row in rows]) for part, (verdict, _) in AXES.items()}
-
-
-def _flags(values: Sequence[Any], verdict: str) -> list[float]:
-    return [float(value == verdict if verdict else value) for value in values]
+    return {part: pooled_rate([flags(row[part], verdict) for row in rows]) for part, (verdict, _) in AXES.items()}
 
 
 def contest(rows: Sequence[Row], ours: str, references: Sequence[str]) -> Figure:

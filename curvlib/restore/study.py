@@ -161,8 +161,9 @@ def _regime_claims(rows: Sequence[Row]) -> list[Claim]:
     asked.append(("lead_saved_metric_points", words, "ours, saved metric", ALONE, "edgy", "refuses"))
     made = []
     for name, statement, ours, regime, part, verdict in asked if by else ():
-        flags = {who: _flags(by[f"{who}, {regime}"][part], verdict) for who in (ours, "plain gradient", "re-alignment")}
-        found, plain = (paired_difference(flags["re-alignment"], flags[who]) for who in (ours, "plain gradient"))
+        whose = (ours, "plain gradient", "re-alignment")
+        points = {who: _flags(by[f"{who}, {regime}"][part], verdict) for who in whose}
+        found, plain = (paired_difference(points["re-alignment"], points[who]) for who in (ours, "plain gradient"))
         made.append(_claim(name, statement, found, plain.value, found.low > 0))
     return made
 
@@ -223,5 +224,14 @@ def _few_shot_drop(before: Sequence[Row], after: Sequence[Row]) -> Estimate:
 
 
 def _flags(values: Sequence[object], verdict: str | None = None) -> list[float]:
-    """Return 100 for each verdict that is the one asked for, or for each right answer; else 0."""
-    return [100.0 * (value == verdict if verdict else bool(value)) for value in values]
+    """Return :func:`flags` in points."""
+    return [100.0 * flag for flag in flags(values, verdict)]
+
+
+def flags(values: Sequence[object], verdict: str | None = None) -> list[float]:
+    """Return 1 for each verdict that is the one asked for, or for each right answer; else 0.
+
+    >>> flags(["refuses", "complies"], "refuses"), flags([True, False])
+    ([1.0, 0.0], [1.0, 0.0])
+    """
+    return [float(value == verdict if verdict else bool(value)) for value in values]
