@@ -6,6 +6,7 @@ layers does) or run out of memory, and because the peak of a process is all that
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
@@ -146,8 +147,8 @@ def timed(row: Row, work: Callable[[], Tensor], device: torch.device) -> Tensor:
     """Do the work and write its seconds and memory into the row."""
     found: list[Tensor] = []
     cuda = device.type == "cuda"
-    row.before_mb = round((torch.cuda.memory_allocated() if cuda else psutil.Process().memory_info().rss) / MIB, 1)
     forget_peak()
+    row.before_mb = round((torch.cuda.memory_allocated() if cuda else psutil.Process().memory_info().rss) / MIB, 1)
     start = time.perf_counter()
     if cuda:
         row.peak_memory_mb = round(device_peak(lambda: found.append(work())) / MIB + row.before_mb, 1)
@@ -159,7 +160,12 @@ def timed(row: Row, work: Callable[[], Tensor], device: torch.device) -> Tensor:
 
 
 def forget_peak() -> bool:
-    """Begin the process's high-water mark anew, so that loading and checking do not count; False where Linux is not."""
+    """Begin the process's high-water mark anew, so that loading and checking do not count; False where Linux is not.
+
+    What the allocator keeps of freed memory goes back first: work that fits into it would seem to need none.
+    """
+    with suppress(OSError, AttributeError):  # only glibc has malloc_trim
+        ctypes.CDLL(None).malloc_trim(0)
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
         return True
