@@ -31,7 +31,10 @@ CHUNK = 1 << 22  # logits worked on at once: 16 MB in float32, small beside the 
 def softmax_hessian_product(logits: Tensor, tangent: Tensor) -> Tensor:
     r"""Return :math:`\frac1N(\mathrm{diag}(p_n) - p_n p_n^\top)\,t_n` for each row; all (N, V).
 
-    Works on few rows at a time, so that it holds one array of that shape besides its arguments.
+    Computed as :math:`p_n (t_n - \langle p_n, t_n\rangle)` after t_n was shifted to 0 at the likeliest class, which
+    leaves the product unchanged: where that class has almost all of the mass, unshifted values cancel. Torch's
+    ``softmax`` is not used: in float32 its sum over 49 152 classes is off by 1e-5. Works on few rows at a time, so that
+    it holds one array of that shape besides its arguments.
 
     >>> softmax_hessian_product(torch.zeros(1, 2), torch.tensor([[1.0, 0.0]]))
     tensor([[ 0.2500, -0.2500]])
@@ -39,9 +42,11 @@ def softmax_hessian_product(logits: Tensor, tangent: Tensor) -> Tensor:
     result = torch.empty_like(tangent)
     rows = max(1, CHUNK // logits.shape[1])
     for z, t, out in zip(logits.split(rows), tangent.split(rows), result.split(rows), strict=True):
-        p = at_least_float32(z).softmax(dim=1)
-        weighted = p * t
-        out.copy_((weighted - p * weighted.sum(dim=1, keepdim=True)) / len(logits))
+        z, t = at_least_float32(z), at_least_float32(t)
+        p = (z - z.logsumexp(dim=1, keepdim=True)).exp_()
+        t = t - t.gather(1, p.argmax(dim=1, keepdim=True))
+        mean = (p * t).sum(dim=1, keepdim=True)
+        out.copy_(p.mul_(t.sub_(mean)).div_(len(logits)))
     return result
 
 

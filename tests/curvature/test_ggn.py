@@ -34,6 +34,13 @@ def test_softmax_hessian_in_rows_of_any_number(monkeypatch: pytest.MonkeyPatch) 
         torch.testing.assert_close(softmax_hessian_product(z, t), exact)
 
 
+def test_softmax_hessian_in_float32_of_sure_rows_over_a_vocabulary() -> None:
+    z, t = random(3, 50_000), random(3, 50_000, seed=1) + 30
+    z[[0, 1], [7, 9]] += torch.tensor([20.0, 12.0], dtype=z.dtype)  # probabilities 0.9998 and 0.66
+    exact = softmax_hessian_product(z, t)
+    assert relative_error(softmax_hessian_product(z.float(), t.float()).double(), exact) < 3e-6
+
+
 def test_softmax_regression_is_its_own_hessian() -> None:
     w = random(3, 3, seed=1).requires_grad_()
     found = GGNOperator(lambda rows: rows @ w.T, [w], [X]).dense()
