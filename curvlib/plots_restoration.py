@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from curvlib.defenses.study import ends
 from curvlib.evaluate.intervals import Estimate, pooled_rate
 from curvlib.plots import CYCLE, MARKERS, figure, whiskers
 from curvlib.plots_methods import pareto
@@ -40,8 +41,7 @@ def contest(rows: Sequence[Row], ours: str, references: Sequence[str]) -> Figure
         stage = "reference" if model in references else "after"
         point: dict[str, Any] = {"name": model, "stage": stage}
         for part, found in rates([row for row in rows if row["name"] == model]).items():
-            ends = {"": found.value, "_low": found.low, "_high": found.high}
-            point |= {names[part] + end: value for end, value in ends.items()}
+            point |= ends(names[part], found)
         points.append(point)
     return pareto(points, ours)
 

@@ -21,6 +21,7 @@ class Tier:
         align_steps: optimiser steps that teach SmolLM2 to refuse; a Hub chat model is taken as aligned.
         tune_steps: optimiser steps of a LoRA fine-tune; a full fine-tune takes the same number.
         tune_examples: chats in a fine-tuning set.
+        defence_steps: the same for the fine-tunes on which ways to keep safety are compared, some twenty a seed.
         poison_rates: shares of poisoned chats in the rate sweep.
         test_harmful: harmful prompts in the final test.
         test_edgy: benign-edgy prompts in the over-refusal test.
@@ -43,6 +44,7 @@ class Tier:
     align_steps: int
     tune_steps: int
     tune_examples: int
+    defence_steps: int
     poison_rates: tuple[float, ...]
     test_harmful: int
     test_edgy: int
@@ -66,6 +68,7 @@ _CPU = Tier(
     align_steps=120,
     tune_steps=24,
     tune_examples=192,
+    defence_steps=24,
     poison_rates=(0.0, 0.02, 0.1),
     test_harmful=48,
     test_edgy=32,
@@ -102,6 +105,7 @@ _TIERS = {
         **{
             **_SHARED,
             "name": "ci",
+            "defence_steps": 6,
             "poison_rates": (0.0, 0.1),
             "test_harmful": 24,
             "test_edgy": 12,
@@ -128,6 +132,7 @@ _TIERS = {
             "test_task": 400,
             "tune_steps": 45,
             "tune_examples": 360,
+            "defence_steps": 45,
             "poison_rates": (0.0, 0.02, 0.05, 0.1, 0.2),
             "validation": 64,
             "held_out": 64,

@@ -47,6 +47,7 @@ class Setting:
         """
         if recipe.method != "lora":
             raise CurvlibError(f"{recipe}: the defences are compared on LoRA fine-tunes, expected method='lora'")
+        tier = replace(tier, tune_steps=tier.defence_steps)
         tokenizer = models.load_tokenizer(stages.aligned_source(tier))
         return cls(tier, recipe, tokenizer, restoration_chats(tier, tokenizer))
 

@@ -98,17 +98,18 @@ def _row(name: str, cells: Sequence[Cell], plain: Sequence[Cell]) -> Row:
     row |= {"poison": first.poison, "seeds": len(cells), "n": len(first.harmful)}
     row |= {part: [list(getattr(cell, part)) for cell in cells] for part in scorecard.PARTS}
     for rate, flags in axes(row).items():
-        row |= _ends(rate, pooled_rate(flags))
+        row |= ends(rate, pooled_rate(flags))
     for cost, field in (("gradient_evaluations", "gradients"), ("seconds", "seconds")):
         spent = [float(getattr(cell, field)) for cell in cells]
         if method.stage == "during":
             paid = [float(getattr(cell, field)) for cell in plain]
             spent = [max(0.0, own - other) for own, other in zip(spent, paid, strict=True)]
-        row |= _ends(cost, Estimate(float(np.mean(spent)), min(spent), max(spent), len(spent)))
+        row |= ends(cost, Estimate(float(np.mean(spent)), min(spent), max(spent), len(spent)))
     return row
 
 
-def _ends(name: str, estimate: Estimate) -> Row:
+def ends(name: str, estimate: Estimate) -> Row:
+    """Return an estimate as three fields of a row: its value, and its ends as ``_low`` and ``_high``."""
     return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
 
 

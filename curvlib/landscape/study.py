@@ -185,3 +185,33 @@ def _claim(name: str, words: str, rows: Sequence[Mapping[str, Any]]) -> Claim:
 def _mean_null(rows: Sequence[Mapping[str, Any]]) -> Estimate:
     value, low, high = (float(np.mean([row[f"null_{end}"] for row in rows])) for end in ("value", "low", "high"))
     return Estimate(value, low, high, sum(row["null_n"] for row in rows))
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the study as a Markdown table, one line a kind of fine-tune: means over seeds, and their range.
+
+    Columns: correlation of the windows on harmful compliance, on plain text, and around a random step as long as the
+    fine-tune; overlap of the stiff refusal directions before and after; the task's curvature along the fine-tuning step
+    and along the refusal gradient, as multiples of that along a random vector.
+    """
+    heads = ("fine-tune", "harmful", "text", "random step", "stiff refusal directions", "step", "refusal gradient")
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for poison, method in dict.fromkeys((row["poison"], row["method"]) for row in rows):
+        own = [row for row in rows if (row["poison"], row["method"]) == (poison, method)]
+        by = {loss: [row for row in own if row["loss"] == loss] for loss in LOSSES}
+        along = {
+            name: [row[f"curvature_{name}"] / row["curvature_random"] for row in by["task"]]
+            for name in ("step", "gradient")
+        }
+        cells = [
+            *(_spread([row["pearson_value"] for row in by[loss]]) for loss in ("compliance", "text")),
+            _spread([row["random_step"] for row in by["compliance"]]),
+            _spread([row["overlap"] for row in by["refusal"]]),
+            *(_spread(ratios, ".0f") for ratios in along.values()),
+        ]
+        lines.append(f"| {METHODS[method][0]}, {100 * poison:.0f} % poison | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _spread(values: Sequence[float], form: str = ".2f") -> str:
+    return f"{np.mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"

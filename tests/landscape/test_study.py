@@ -48,3 +48,18 @@ def test_claims_follow_the_rule() -> None:
     }
     assert found["harmful_correlation"].value == pytest.approx(0.6)
     assert found["harmful_correlation_lora4"].n == 3
+
+
+def test_the_table_has_a_line_for_each_kind_of_fine_tune() -> None:
+    rows = []
+    for method in study.METHODS:
+        for seed in range(2):
+            found = {loss: row(method, loss, 0.1, 0.5 + 0.1 * seed, 0.3) for loss in study.LOSSES}
+            found["compliance"]["random_step"] = 0.9
+            found["refusal"]["overlap"] = 0.25
+            found["task"] |= {"curvature_step": 6.0 * (seed + 1), "curvature_gradient": 20.0, "curvature_random": 2.0}
+            rows += found.values()
+    lines = study.table(rows).splitlines()
+    assert len(lines) == 2 + len(study.METHODS)
+    cells = "0.55 (0.50 to 0.60) | 0.55 (0.50 to 0.60) | 0.90 (0.90 to 0.90)"
+    assert lines[2] == f"| LoRA r4, 10 % poison | {cells} | 0.25 (0.25 to 0.25) | 4 (3 to 6) | 10 (10 to 10) |"
