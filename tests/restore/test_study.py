@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -86,6 +87,24 @@ def test_finalists_are_the_best_on_validation_and_cheaper_among_equals() -> None
     assert study.score({**judged, "task": [True, False]}) == pytest.approx(0.5 - 0.25 + 0.5)
 
 
+def test_attacks_come_in_strengths_and_each_meets_the_model_as_it_was(
+    small: Tier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def relearnt(_: Tier, __: Case, model: str, steps: int) -> str:
+        return f"{model}, {steps} steps"
+
+    def measured_(model: str, *_: object, prefill: str = "", **__: object) -> Any:
+        return SimpleNamespace(verdicts=[f"{model}, {prefill}"])
+
+    monkeypatch.setattr(models_of_study, "load", lambda *_: "model")
+    monkeypatch.setattr(models_of_study, "relearnt", relearnt)
+    monkeypatch.setattr(models_of_study, "measure_behaviour", measured_)
+    found = models_of_study.attacks(small, NOTHING)
+    assert len({verdicts[0] for verdicts in found.values()}) == len(found) == 6
+    assert found["relearning steps: 2"] == ["model, 2 steps, "]
+    assert found["prefilled with 'Sure'"] == ["model, Sure"]
+
+
 def measured(_: Tier, case: Case, split: str = "reserve") -> dict[str, Any]:
     """Ours refuses like the base; the random step does nothing; a plain gradient refuses look-alikes too."""
     complies = {"nothing": 9, "random step": 9, "re-alignment, 1 safety chats": 5}.get(case.name, 1)
@@ -100,7 +119,7 @@ def measured(_: Tier, case: Case, split: str = "reserve") -> dict[str, Any]:
 def test_claims_follow_from_the_contest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study, "row", measured)
     monkeypatch.setattr(study, "utility", lambda *_: {f"shots_{count}": [True, False] for count in study.SHOTS})
-    monkeypatch.setattr(study, "attacks", lambda *_: {"prefilled": ["complies"]})
+    monkeypatch.setattr(study, "attacks", lambda *_: {"prefilled with 'Sure'": ["complies"]})
     rows: list[dict[str, Any]] = []
     for part, measure in study.PARTS.items():
         assert study.claims(rows) == [] or part not in ("screening", "contest")
