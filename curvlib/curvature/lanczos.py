@@ -12,6 +12,7 @@ out (full reorthogonalisation). Memory: one vector of the operator's size for ea
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -80,6 +81,9 @@ def lanczos(
 
     Where the basis cannot be extended (its span is mapped into itself) the last ``beta`` is 0, and the next step begins
     in a new random direction.
+
+    Raises:
+        CurvlibError: a product is not finite.
     """
     steps = min(steps, operator.size)
     basis = torch.empty(steps, operator.size, dtype=operator.dtype, device=operator.device)
@@ -91,6 +95,8 @@ def lanczos(
         basis[m] = w / w.norm()
         image = operator.matvec(basis[m])
         alpha.append(float(basis[m] @ image))
+        if not math.isfinite(alpha[-1]):
+            raise CurvlibError(f"product {m + 1} of Lanczos is not finite: look for NaN in the model or the batches")
         largest = max(largest, float(image.norm()))
         w = _outside(basis[: m + 1], image)
         beta.append(float(w.norm()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +100,7 @@ def curvature_rows(tier: Tier, fine_tune: FineTune) -> dict[str, Row]:
     """
     tuned: Any = stages.load_fine_tuned(tier, fine_tune)
     chats = recipe.landscape_chats(tier, models.load_tokenizer(stages.aligned_source(tier)))
-    step = recipe.step_of(tier, fine_tune)
-    space = spanned_by(step, SUBSPACE_RANK)
+    step, space = recipe.step_of(tier, fine_tune), spanned(tier, fine_tune)
     found: dict[str, Row] = {}
     for loss in CURVED:
         before, again = (eigenspace(tier, fine_tune, ALIGNED, loss, seed=seed) for seed in (0, 1))
@@ -144,7 +143,7 @@ def eigenspace(tier: Tier, fine_tune: FineTune, place: Place, loss: str, *, seed
     def build(folder: Path) -> None:
         model: nn.Module = stages.load_fine_tuned(tier, place.recipe) if place.recipe else stages.load_aligned(tier)[0]
         chats = recipe.landscape_chats(tier, models.load_tokenizer(stages.aligned_source(tier)))[loss]
-        count, space = max(2, tier.landscape_products // 3), spanned_by(recipe.step_of(tier, fine_tune), SUBSPACE_RANK)
+        count, space = max(2, tier.landscape_products // 3), spanned(tier, fine_tune)
         with recipe.curvature(model, space, chats) as operator:
             found = eigenpairs(operator, largest=count, max_products=tier.landscape_products, tolerance=1e-2, seed=seed)
         tensors = {name: getattr(found, name).contiguous().cpu() for name in ("values", "vectors", "residuals")}
@@ -152,6 +151,12 @@ def eigenspace(tier: Tier, fine_tune: FineTune, place: Place, loss: str, *, seed
 
     kept = load_file(artifact("eigenspace", config, build) / "pairs.safetensors")
     return Eigenpairs(kept["values"], kept["vectors"], kept["residuals"], int(kept["products"]))
+
+
+@lru_cache(maxsize=1)
+def spanned(tier: Tier, fine_tune: FineTune) -> Subspace:
+    """Return the subspace that a fine-tune's step spans; kept, since that of a full one takes long."""
+    return spanned_by(recipe.step_of(tier, fine_tune), SUBSPACE_RANK)
 
 
 def random_vector(space: Subspace, seed: int = 0) -> Tensor:

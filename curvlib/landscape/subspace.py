@@ -86,16 +86,23 @@ class Subspace:
 def spanned_by(direction: Direction, rank: int) -> Subspace:
     r"""Return the subspace of the top ``rank`` right singular vectors of each layer's :math:`\Delta W`.
 
-    It holds a direction of that rank or less whole. Cost: one eigenproblem of size r (low-rank) or in (dense) a layer.
+    It holds a direction of that rank or less whole. Cost: one eigenproblem a layer, of size r (low-rank) or of its shorter side (dense).
     """
     bases = {name: _right_vectors(chain, rank) for name, chain in direction.chains.items()}
     return Subspace(bases, {name: len(chain[0]) for name, chain in direction.chains.items()})
 
 
 def _right_vectors(chain: Chain, rank: int) -> Tensor:
-    """Return the top right singular vectors of a product of matrices, (rank, in)."""
-    left, *right = chain
+    """Return the top right singular vectors of a product of matrices, (rank, in).
+
+    From the Gram matrix of the shorter side, in float64: torch's float32 ``eigh`` returned NaN for a layer of SmolLM2.
+    """
+    left, *right = (matrix.double() for matrix in chain)
     q, mix = torch.linalg.qr(right[0].T) if right else (None, None)
     core = left if mix is None else left @ mix.T
-    vectors: Tensor = torch.linalg.eigh(core.T @ core).eigenvectors.flip(1)[:, :rank]
-    return (vectors if q is None else q @ vectors).T.contiguous()
+    if len(core) < core.shape[1]:
+        top = torch.linalg.eigh(core @ core.T).eigenvectors.flip(1)[:, :rank]
+        vectors: Tensor = torch.linalg.qr(core.T @ top).Q
+    else:
+        vectors = torch.linalg.eigh(core.T @ core).eigenvectors.flip(1)[:, :rank]
+    return (vectors if q is None else q @ vectors).T.to(chain[0]).contiguous()

@@ -113,3 +113,8 @@ def test_float32_works_and_impossible_requests_are_refused() -> None:
         eigenpairs(operator, largest=81)
     with pytest.raises(CurvlibError, match="2 probes"):
         spectral_density(operator, probes=1)
+
+
+def test_a_product_that_is_not_finite_is_told() -> None:
+    with pytest.raises(CurvlibError, match="product 1 of Lanczos is not finite"):
+        eigenpairs(DiagonalOperator(torch.tensor([1.0, float("nan"), 2.0])), largest=1)
