@@ -60,12 +60,12 @@ def cell(tier: Tier, method: str, fine_tune: FineTune) -> list[Row]:
 
     def build(folder: Path) -> None:
         views, bends = window_rows(tier, fine_tune), curvature_rows(tier, fine_tune)
-        head = {"method": method, "name": label(Place(fine_tune)), **asdict(fine_tune)}
+        head = {"name": label(Place(fine_tune)), **asdict(fine_tune)}
         found = [{**head, "loss": loss, **views[loss], **bends.get(loss, {})} for loss in views]
         (folder / "rows.json").write_text(json.dumps(found, indent=1, allow_nan=False), "utf-8")
 
     rows: list[Row] = json.loads((artifact("landscape-cell", config, build) / "rows.json").read_text("utf-8"))
-    return rows
+    return [{**row, "method": method} for row in rows]  # the fine-tune's own "method" knows no rank
 
 
 def window_rows(tier: Tier, fine_tune: FineTune) -> dict[str, Row]:
@@ -179,7 +179,11 @@ def claims(rows: Sequence[Mapping[str, Any]]) -> list[Claim]:
 
 
 def _claim(name: str, words: str, rows: Sequence[Mapping[str, Any]]) -> Claim:
-    found, null = bootstrap([row["pearson_value"] for row in rows]), _mean_null(rows)
+    first, null = rows[0], _mean_null(rows)
+    if len(rows) > 1:
+        found = bootstrap([row["pearson_value"] for row in rows])
+    else:  # one seed: the interval over direction pairs and prompts
+        found = Estimate(*(first[f"pearson_{end}"] for end in ("value", "low", "high", "n")))
     statement = (
         f"Around the poisoned model harmful compliance keeps the shape it had ({words}): correlation, bowl removed"
     )

@@ -86,7 +86,8 @@ class Subspace:
 def spanned_by(direction: Direction, rank: int) -> Subspace:
     r"""Return the subspace of the top ``rank`` right singular vectors of each layer's :math:`\Delta W`.
 
-    It holds a direction of that rank or less whole. Cost: one eigenproblem a layer, of size r (low-rank) or of its shorter side (dense).
+    It holds a direction of that rank or less whole. Cost: one eigenproblem a layer, of size r (low-rank) or of its
+    shorter side (dense).
     """
     bases = {name: _right_vectors(chain, rank) for name, chain in direction.chains.items()}
     return Subspace(bases, {name: len(chain[0]) for name, chain in direction.chains.items()})

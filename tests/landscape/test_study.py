@@ -16,6 +16,7 @@ from tests.landscape.tiny import tiny  # noqa: F401  a fixture
 def test_a_cell_holds_its_controls_and_is_measured_once(tiny: Tier, how: FineTune, monkeypatch: Any) -> None:  # noqa: F811
     rows = study.cell(tiny, "m", how)
     assert [row["loss"] for row in rows] == list(study.LOSSES)
+    assert {row["method"] for row in rows} == {"m"}
     for row in rows:
         assert row["pearson_low"] <= row["pearson_value"] <= row["pearson_high"]
         assert -1 <= row["null_low"] <= row["null_high"] <= 1
@@ -48,6 +49,10 @@ def test_claims_follow_the_rule() -> None:
     }
     assert found["harmful_correlation"].value == pytest.approx(0.6)
     assert found["harmful_correlation_lora4"].n == 3
+    ends = {"pearson_low": 0.6, "pearson_high": 0.95, "pearson_n": 12}
+    alone = {claim.id: claim for claim in study.claims([{**rows[number], **ends} for number in (0, 3, 6, -1)])}
+    assert alone["harmful_correlation_lora4"].high == 0.95
+    assert alone["harmful_correlation"].n == 3
 
 
 def test_the_table_has_a_line_for_each_kind_of_fine_tune() -> None:
