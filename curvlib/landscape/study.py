@@ -218,7 +218,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             _spread([row["overlap"] for row in by["refusal"]]),
             *(_spread(ratios, ".0f") for ratios in along.values()),
         ]
-        lines.append(f"| {METHODS[method][0]}, {100 * poison:.0f} % poison | " + " | ".join(cells) + " |")
+        kind = f"{100 * poison:.0f} % poison" if poison else "benign"
+        lines.append(f"| {METHODS[method][0]}, {kind} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
