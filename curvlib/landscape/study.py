@@ -18,7 +18,7 @@ from curvlib import models, stages
 from curvlib.artifacts import artifact, code_digest
 from curvlib.curvature import forward, ggn, lanczos
 from curvlib.curvature.lanczos import Eigenpairs, eigenpairs
-from curvlib.evaluate.intervals import Estimate, bootstrap
+from curvlib.evaluate.intervals import Estimate, bootstrap, paired_difference
 from curvlib.landscape import compare, recipe, subspace
 from curvlib.landscape.recipe import ALIGNED, LOSSES, SUBSPACE_RANK, Place, label, surfaces, windows
 from curvlib.landscape.subspace import Subspace, spanned_by
@@ -166,7 +166,7 @@ def random_vector(space: Subspace, seed: int = 0) -> Tensor:
 
 
 def claims(rows: Sequence[Mapping[str, Any]]) -> list[Claim]:
-    """Return the study's claims: the harmful correlation over all poisoned cells and by method, and its control."""
+    """Return the study's claims: the harmful correlation over all poisoned cells and by method, beside its controls."""
     harmful = [row for row in rows if row["loss"] == "compliance" and row["poison"] > 0]
     null = _mean_null(harmful)
     made = [_claim("harmful_correlation", "all methods", harmful)]
@@ -175,7 +175,23 @@ def claims(rows: Sequence[Mapping[str, Any]]) -> list[Claim]:
     text = [row["null_value"] for row in rows if row["loss"] == "text" and row["poison"] > 0]
     statement = "Windows along unrelated directions are not alike: their correlation on harmful compliance"
     numbers = {"value": null.value, "low": null.low, "high": null.high, "control": float(np.mean(text))}
-    return [*made, Claim("harmful_correlation_control", statement, **numbers, n=null.n, holds=null.low < 0 < null.high)]
+    made.append(Claim("harmful_correlation_control", statement, **numbers, n=null.n, holds=null.low < 0 < null.high))
+    return [*made, *_special_claims(rows)]
+
+
+def _special_claims(rows: Sequence[Mapping[str, Any]]) -> list[Claim]:
+    """Return by how much harmful compliance keeps more of its shape than plain text; the control is benign tuning."""
+    by = {
+        (loss, poisoned): [row["pearson_value"] for row in rows if (row["loss"], row["poison"] > 0) == (loss, poisoned)]
+        for loss in ("compliance", "text")
+        for poisoned in (True, False)
+    }
+    if min(map(len, by.values())) < 2:
+        return []
+    found, benign = (paired_difference(by["compliance", kind], by["text", kind]) for kind in (True, False))
+    statement = "Around the poisoned model harmful compliance keeps more of its shape than plain text: difference"
+    numbers = {"value": found.value, "low": found.low, "high": found.high, "control": benign.value}
+    return [Claim("harmful_minus_text_correlation", statement, **numbers, n=found.n, holds=found.low > 0)]
 
 
 def _claim(name: str, words: str, rows: Sequence[Mapping[str, Any]]) -> Claim:

@@ -49,6 +49,12 @@ def test_claims_follow_the_rule() -> None:
     }
     assert found["harmful_correlation"].value == pytest.approx(0.6)
     assert found["harmful_correlation_lora4"].n == 3
+    rows += [row("lora4", loss, 0.0, 0.5, 0.3) for loss in ("compliance", "text", "text")]
+    rows += [row("lora16", "text", 0.1, value, 0.3) for value in (0.8, 0.6, 0.1, 0.6, 0.6, 0.2, 0.1, 0.1)]
+    special = study.claims(rows)[-1]
+    assert special.id == "harmful_minus_text_correlation"
+    assert (special.value, special.control) == (pytest.approx(0.2), pytest.approx(-0.75))
+    assert special.holds
     ends = {"pearson_low": 0.6, "pearson_high": 0.95, "pearson_n": 12}
     alone = {claim.id: claim for claim in study.claims([{**rows[number], **ends} for number in (0, 3, 6, -1)])}
     assert alone["harmful_correlation_lora4"].high == 0.95
