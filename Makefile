@@ -4,7 +4,6 @@ TORCH ?= torch==2.13.0
 TIER ?= cpu
 SEED ?= 0
 BENCH ?= curvature
-WORKERS ?= 2
 
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -16,7 +15,7 @@ STAMP := $(VENV)/.ready-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -f1)
 
 help: ## List the targets, one line of prose each.
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
-	@echo "Variables: TIER=$(TIER) SEED=$(SEED) PYTHON=$(PYTHON) TORCH=$(TORCH) BENCH=$(BENCH) WORKERS=$(WORKERS)"
+	@echo "Variables: TIER=$(TIER) SEED=$(SEED) PYTHON=$(PYTHON) TORCH=$(TORCH) BENCH=$(BENCH)"
 
 setup: $(STAMP) ## Make the virtual environment in .venv and install curvlib with all it needs.
 
@@ -31,8 +30,8 @@ $(STAMP): pyproject.toml
 reproduce: setup ## Run every notebook at TIER (ci, cpu or gpu) and SEED, and write runs/TIER/seedSEED/report.html.
 	$(RUN) -m curvlib run --tier $(TIER) --seed $(SEED)
 
-test: lint ## Check style and types, then run all tests, the notebooks at tier ci among them, in WORKERS processes.
-	$(RUN) -m pytest -n $(WORKERS) --dist worksteal
+test: lint ## Check style and types, then run all tests, the notebooks at tier ci among them.
+	$(RUN) -m pytest
 
 lint: setup ## Check style with ruff and types with mypy.
 	$(RUN) -m ruff check .
