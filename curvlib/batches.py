@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 Chat = list[dict[str, str]]
 IGNORED = -100  # the label that torch's cross-entropy skips
+HEAD_ROWS = 32  # with up to three rows a thread, CPU kernels sum over 49,152 words ten times less exactly
 
 
 @dataclass(frozen=True)
@@ -150,9 +151,10 @@ def _example(batch: Batch, row: int) -> Example:
 def answer_logits(model: nn.Module, batch: Batch, *, once: bool = True) -> Tensor:
     """Return the logits (N, V) that predict each answer token, rows in the order of ``labels[labels != -100]``.
 
-    The head reads the K positions that predict the last K tokens only (K = ``batch.answer_length``). Positions count
-    from each chat's first token, so padding does not move them. What all chats begin with is computed once, unless
-    ``once`` is False: for those who watch what each layer reads.
+    The head reads the K positions that predict the last K tokens only (K = ``batch.answer_length``, and some more where
+    they are few, so that its products are exact). Positions count from each chat's first token, so padding does not
+    move them. What all chats begin with is computed once, unless ``once`` is False: for those who watch what each layer
+    reads, which is then no position too many.
     """
     batch = batch.to(next(model.parameters()).device)
     length = batch.answer_length
@@ -166,6 +168,7 @@ def answer_logits(model: nn.Module, batch: Batch, *, once: bool = True) -> Tenso
     most = int(prompts.min()) - 1 if once else 0  # a prompt's last token predicts the answer
     given = read_beginning(model, ids, mask, most)
     end = given["input_ids"].shape[1] - 1
+    length = max(length, min(end, -(-HEAD_ROWS // len(batch)))) if once else length
     # an index, where a slice would do: its rows lie side by side, so that the head is one matrix product
     logits: Tensor = model(**given, logits_to_keep=torch.arange(end - length, end, device=ids.device)).logits
     answers = batch.labels[:, -length:] != IGNORED

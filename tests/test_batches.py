@@ -82,6 +82,19 @@ def test_logits_are_those_of_each_chat_alone_at_its_answer() -> None:
         torch.testing.assert_close(answer_logits(twin, batch), torch.cat(expected), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize(
+    ("width", "answer", "once", "rows"), [(50, 3, True, 32), (50, 40, True, 40), (9, 3, True, 8), (50, 3, False, 3)]
+)
+def test_the_head_gets_enough_rows_for_exact_sums(width: int, answer: int, once: bool, rows: int) -> None:
+    model, seen = llama(), list[int]()
+    hook = model.lm_head.register_forward_hook(lambda _module, args, _output: seen.append(args[0].shape[1]))
+    ids = tuple(1 + n % 7 for n in range(width))
+    (batch,) = make_batches([Example(ids, (IGNORED,) * (width - answer) + ids[-answer:])], 1, pad_id=0)
+    assert answer_logits(model, batch, once=once).shape[0] == answer
+    hook.remove()
+    assert seen == [rows]
+
+
 def test_losses_are_means_over_answer_tokens() -> None:
     _, twin = pair()
     batch = batches()[1]
