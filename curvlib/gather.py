@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from curvlib.report import ROOT, Claim, Record, load_record
+from curvlib.report import ROOT, Claim, Record, load_record, markdown_table
 from curvlib.studies import STUDIES, load_study
 
 Group = tuple[str, str, str]  # notebook, tier, claim id
@@ -55,12 +55,12 @@ def joined(claims: Sequence[Claim]) -> Claim:
 def claims_table(found: Mapping[Group, Sequence[Claim]]) -> str:
     """Return a Markdown table of claims, one line for each notebook, tier and id."""
     heads = ("notebook", "tier", "claim", "value", "interval", "control", "seeds", "holds at")
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    lines = []
     for (notebook, tier, name), claims in found.items():
         one, held = joined(claims), sum(claim.holds for claim in claims)
         numbers = (f"{one.value:.4g}", f"{one.low:.4g} to {one.high:.4g}", f"{one.control:.4g}", str(len(claims)))
-        lines.append("| " + " | ".join([notebook[:2], tier, f"`{name}`", *numbers, f"{held} of {len(claims)}"]) + " |")
-    return "\n".join(lines)
+        lines.append([notebook[:2], tier, f"`{name}`", *numbers, f"{held} of {len(claims)}"])
+    return markdown_table(heads, lines)
 
 
 def missing() -> list[str]:

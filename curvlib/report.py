@@ -10,6 +10,7 @@ import re
 import resource
 import sys
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -164,6 +165,18 @@ def write_atomically(path: Path, text: str) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def markdown_table(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table.
+
+    >>> print(markdown_table(("a", "b"), [("1", "2")]))
+    | a | b |
+    |---|---|
+    | 1 | 2 |
+    """
+    rows = ["| " + " | ".join(cells) + " |" for cells in (heads, *lines)]
+    return "\n".join([rows[0], "|" + "---|" * len(heads), *rows[1:]])
 
 
 def installed_versions(*more: str) -> dict[str, str]:

@@ -21,7 +21,6 @@ class Tier:
         align_steps: optimiser steps that teach SmolLM2 to refuse; a Hub chat model is taken as aligned.
         tune_steps: optimiser steps of a LoRA fine-tune; a full fine-tune takes the same number.
         tune_examples: chats in a fine-tuning set.
-        defence_steps: the same for the fine-tunes on which ways to keep safety are compared, some twenty a seed.
         poison_rates: shares of poisoned chats in the rate sweep.
         test_harmful: harmful prompts in the final test.
         test_edgy: benign-edgy prompts in the over-refusal test.
@@ -36,6 +35,7 @@ class Tier:
         landscape_products: most curvature products for one eigenspace or spectrum.
         influence_curvature: training chats whose curvature influence functions invert.
         influence_subsets: random halves of the training set that the influence study trains on again.
+        contest: name and value of those sizes that differ where some twenty ways to keep safety are compared.
     """
 
     name: str
@@ -44,7 +44,6 @@ class Tier:
     align_steps: int
     tune_steps: int
     tune_examples: int
-    defence_steps: int
     poison_rates: tuple[float, ...]
     test_harmful: int
     test_edgy: int
@@ -59,6 +58,7 @@ class Tier:
     landscape_products: int
     influence_curvature: int
     influence_subsets: int
+    contest: tuple[tuple[str, int], ...]
 
 
 _CPU = Tier(
@@ -68,7 +68,6 @@ _CPU = Tier(
     align_steps=120,
     tune_steps=24,
     tune_examples=192,
-    defence_steps=24,
     poison_rates=(0.0, 0.02, 0.1),
     test_harmful=48,
     test_edgy=32,
@@ -83,6 +82,7 @@ _CPU = Tier(
     landscape_products=10,
     influence_curvature=32,
     influence_subsets=100,
+    contest=(),
 )
 
 
@@ -105,7 +105,6 @@ _TIERS = {
         **{
             **_SHARED,
             "name": "ci",
-            "defence_steps": 6,
             "poison_rates": (0.0, 0.1),
             "test_harmful": 24,
             "test_edgy": 12,
@@ -120,6 +119,15 @@ _TIERS = {
             "landscape_products": 4,
             "influence_curvature": 16,
             "influence_subsets": 8,
+            "contest": (
+                ("tune_steps", 2),
+                ("test_harmful", 8),
+                ("test_edgy", 4),
+                ("test_task", 8),
+                ("restore_chats", 8),
+                ("curvature_chats", 4),
+                ("held_out", 8),
+            ),
         }
     ),
     "cpu": _CPU,
@@ -132,7 +140,6 @@ _TIERS = {
             "test_task": 400,
             "tune_steps": 45,
             "tune_examples": 360,
-            "defence_steps": 45,
             "poison_rates": (0.0, 0.02, 0.05, 0.1, 0.2),
             "validation": 64,
             "held_out": 64,

@@ -27,7 +27,7 @@ class Setting:
     """What every method is given: the same aligned model, the same fine-tuning set, the same safety data.
 
     Attributes:
-        tier: sizes and device.
+        tier: sizes, those of the contest among them, and device.
         recipe: how the aligned model is, or would be, fine-tuned.
         tokenizer: of the model.
         chats: the safety budget (refusals, compliances, benign and task chats) and the chats held out from it.
@@ -47,7 +47,8 @@ class Setting:
         """
         if recipe.method != "lora":
             raise CurvlibError(f"{recipe}: the defences are compared on LoRA fine-tunes, expected method='lora'")
-        tier = replace(tier, tune_steps=tier.defence_steps)
+        sizes: dict[str, Any] = dict(tier.contest)
+        tier = replace(tier, **sizes)
         tokenizer = models.load_tokenizer(stages.aligned_source(tier))
         return cls(tier, recipe, tokenizer, restoration_chats(tier, tokenizer))
 

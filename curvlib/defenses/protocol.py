@@ -87,7 +87,8 @@ def cell(tier: Tier, method: Method, recipe: FineTune, trial: Mapping[str, Any],
         raise CurvlibError(f"{method.name} has no trial {trial}: choose one of {method.trials}")
     setting = setting_of(tier, recipe)
     config = {"method": method.name, "trial": dict(trial), "recipe": asdict(recipe), "split": split}
-    config |= {"sizes": sizes(tier, split), "code": code(method), "base": Path(stages.aligned_source(tier)).parent.name}
+    config |= {"sizes": sizes(setting.tier, split), "code": code(method)}
+    config["base"] = Path(stages.aligned_source(tier)).parent.name
     config["texts"] = stages.digest([*setting.examples(), *taken_apart(setting.chats.batches)])
     config["training"] = asdict(setting.training)
 

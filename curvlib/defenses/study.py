@@ -16,7 +16,7 @@ from curvlib.errors import CurvlibError
 from curvlib.evaluate import scorecard
 from curvlib.evaluate.intervals import RESAMPLES, Estimate, pooled_rate
 from curvlib.progress import bar
-from curvlib.report import Claim
+from curvlib.report import Claim, markdown_table
 from curvlib.stages import FineTune
 from curvlib.tiers import Tier
 
@@ -190,9 +190,9 @@ def dominates(first: Flags, second: Flags) -> bool:
 def table(found: Sequence[Row]) -> str:
     """Return rows as a Markdown table; rates in per cent with their intervals."""
     heads = ("method", "acts", "complies", "refuses", "incoherent", "over-refusal", "task", "gradients", "seconds")
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    lines = []
     for row in found:
         shares = [f"{100 * row[r]:.0f} [{100 * row[f'{r}_low']:.0f}, {100 * row[f'{r}_high']:.0f}]" for r in RATES]
         costs = [f"{row['gradient_evaluations']:.0f}", f"{row['seconds']:.0f}"]
-        lines.append("| " + " | ".join([row["name"], row["stage"], *shares, *costs]) + " |")
-    return "\n".join(lines)
+        lines.append([row["name"], row["stage"], *shares, *costs])
+    return markdown_table(heads, lines)

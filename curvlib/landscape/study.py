@@ -23,7 +23,7 @@ from curvlib.landscape import compare, recipe, subspace
 from curvlib.landscape.recipe import ALIGNED, LOSSES, SUBSPACE_RANK, Place, label, surfaces, windows
 from curvlib.landscape.subspace import Subspace, spanned_by
 from curvlib.progress import bar
-from curvlib.report import Claim
+from curvlib.report import Claim, markdown_table
 from curvlib.stages import FineTune
 from curvlib.tiers import Tier
 
@@ -220,7 +220,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     and along the refusal gradient, as multiples of that along a random vector.
     """
     heads = ("fine-tune", "harmful", "text", "random step", "stiff refusal directions", "step", "refusal gradient")
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    lines = []
     for poison, method in dict.fromkeys((row["poison"], row["method"]) for row in rows):
         own = [row for row in rows if (row["poison"], row["method"]) == (poison, method)]
         by = {loss: [row for row in own if row["loss"] == loss] for loss in LOSSES}
@@ -235,8 +235,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             *(_spread(ratios, ".0f") for ratios in along.values()),
         ]
         kind = f"{100 * poison:.0f} % poison" if poison else "benign"
-        lines.append(f"| {METHODS[method][0]}, {kind} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([f"{METHODS[method][0]}, {kind}", *cells])
+    return markdown_table(heads, lines)
 
 
 def _spread(values: Sequence[float], form: str = ".2f") -> str:
