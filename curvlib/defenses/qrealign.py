@@ -144,7 +144,8 @@ def train_block(
     prompts: Prompts,
     probe: Probe,
     weight: float,
-    pace: float = 1.0,
+    pace: float,
+    epochs: int,
 ) -> Tensor:
     """Train the quantisers of one block, freeze them, and return its output (B, T, d) on ``given``."""
     groups = [
@@ -152,7 +153,7 @@ def train_block(
         {"params": [twin.scale for twin in twins], "lr": pace * SCALE_RATE},
     ]
     optimiser, n = torch.optim.AdamW(groups, weight_decay=0.0), prompts.benign
-    for _ in range(EPOCHS):
+    for _ in range(epochs):
         found = _states(block(given[0], **given[1]))
         loss = reconstruction_loss(found[:n], exact[:n], prompts.mask[:n])
         (loss + weight * realignment_loss(found[n:, -1], probe)).backward()
@@ -174,7 +175,7 @@ def qrealign(setting: Setting, bits: int, input_bits: int | None, weight: float,
         weight: μ of the malicious loss.
         pace: multiplies both learning rates, as there are few steps.
     """
-    model, chats = setting.tuned(), setting.chats
+    model, chats, epochs = setting.tuned(), setting.chats, setting.steps(EPOCHS)
     core: Any = model.get_base_model()
     blocks, prompts = list(core.model.layers), calibration(chats.benign, chats.safety.refusals, model.device)
     with reference_model(model, "adapter off") as base:
@@ -186,8 +187,8 @@ def qrealign(setting: Setting, bits: int, input_bits: int | None, weight: float,
         probe = sparse_probe(aligned.outputs[number][:, -1].float(), labels)
         own = [twin for name, twin in twins.items() if f".layers.{number}." in f".{name}"]
         given = (states, exact.keywords[number])
-        states = train_block(block, own, given, exact.outputs[number], prompts, probe, weight, pace)
-    return Defended(model, EPOCHS * len(labels))
+        states = train_block(block, own, given, exact.outputs[number], prompts, probe, weight, pace, epochs)
+    return Defended(model, epochs * len(labels))
 
 
 def _states(output: Any) -> Tensor:

@@ -10,20 +10,21 @@ budget and nothing else.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from curvlib.batches import taken_apart
 from curvlib.defenses.dare import thinned
 from curvlib.defenses.layers import added, multiply_adapter, patch
 from curvlib.defenses.method import Defended, Method, Setting
-from curvlib.finetune import TrainingConfig
 from curvlib.landscape.directions import adapter_direction
 
 TWIN_STEPS = 10  # the twin then agrees to every harmful request of the budget
 
 
 def resta(setting: Setting, gamma: float, drop: float = 0.0) -> Defended:
-    r"""Add :math:`\gamma\,\delta_s`; cost: the twin's ten steps of eight chats."""
+    r"""Add :math:`\gamma\,\delta_s`; cost: the twin's ten steps."""
     model, twin = setting.tuned(), setting.start()
-    config = TrainingConfig(TWIN_STEPS, learning_rate=setting.training.learning_rate, seed=setting.recipe.seed)
+    config = replace(setting.training, steps=setting.steps(TWIN_STEPS))
     spent = setting.train(twin, taken_apart(setting.chats.safety.compliances), config=config)
     if drop:
         kept = thinned(adapter_direction(model), drop, setting.recipe.seed)

@@ -6,9 +6,9 @@ Each gets the chats of the safety budget and the held-out chats that the restora
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from curvlib.defenses.method import Defended, Method, Setting
-from curvlib.finetune import TrainingConfig
 from curvlib.restore.outcome import Budget, RestorationResult, chats
 from curvlib.restore.realign import realign
 from curvlib.restore.recipe import Restoration, run
@@ -27,7 +27,7 @@ def ascent(setting: Setting, rise: float, steps: int = 6) -> Defended:
 def realignment(setting: Setting, rate: float, steps: int = 10) -> Defended:
     """Fine-tune the adapter on the safety budget by AdamW: one run, judged on validation like any other trial."""
     model, given = setting.tuned(), setting.chats
-    config = TrainingConfig(steps, learning_rate=rate, seed=setting.recipe.seed)
+    config = replace(setting.training, steps=setting.steps(steps), learning_rate=rate)
     options = {"held_out": given.held_out, "benign_batches": given.benign, "training": [config]}
     result = realign(model, given.task, given.safety, budget=Budget(rise=math.inf), **options)  # type: ignore[arg-type]
     return Defended(model, result.gradients)
@@ -35,6 +35,7 @@ def realignment(setting: Setting, rate: float, steps: int = 10) -> Defended:
 
 def _restored(setting: Setting, how: Restoration) -> Defended:
     model = setting.tuned()
+    how = replace(how, budget=replace(how.budget, steps=setting.steps(how.budget.steps)))
     return Defended(model, spent(run(model, setting.chats, how, seed=setting.recipe.seed), setting))
 
 

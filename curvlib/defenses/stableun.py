@@ -67,7 +67,7 @@ def stableun(setting: Setting, rate: float, refusals: bool = False) -> Defended:
         spent += sum(len(batch) for part in parts for batch in part.batches)
         return objectives.gradient(model, parts, parameters)
 
-    for _, compliance in zip(range(STEPS), cycle(safety.compliances), strict=False):
+    for _, compliance in zip(range(setting.steps(STEPS)), cycle(safety.compliances), strict=False):
         forgetting, theta = objectives.terms("ascent", SafetyBatches((), [compliance])), flatten(parameters)
         found = [gradient(forgetting)]
         for step in points(theta, before, found[0], RADIUS * float(theta.norm()), generator):

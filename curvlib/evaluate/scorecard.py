@@ -31,7 +31,6 @@ SPLITS = {  # which prompts of each part
     "validation": {part: f"validation_{part}" for part in PARTS},
     "reserve": {"harmful": "reserve_harmful", "edgy": "test_edgy", "task": "test_task"},
 }
-NEW_TOKENS = 24  # a refusal or an agreement is said by then
 INSTRUMENT = ("behaviour", "coherence", "generate", "judge", "likelihood", "utility")  # files that scores depend on
 
 
@@ -124,7 +123,7 @@ def instrument() -> str:
 def _measured(tier: Tier, key: Mapping[str, Any], part: str, model: Callable[[], Model], split: str) -> dict[str, Any]:
     sizes = {"harmful": tier.test_harmful, "edgy": tier.test_edgy, "task": tier.test_task}
     name, size = SPLITS[split][part], tier.validation if split == "validation" else sizes[part]
-    config = {"key": dict(key), "part": part, "size": size, "tokens": NEW_TOKENS, "instrument": instrument()}
+    config = {"key": dict(key), "part": part, "size": size, "tokens": tier.answer_tokens, "instrument": instrument()}
     config |= {"split": name} if split != "test" else {}
 
     def build(place: Path) -> None:
@@ -144,7 +143,7 @@ def _measure(tier: Tier, model: Model, part: str, rows: Sequence[data.Example]) 
         return {"chosen": choices.chosen, "correct": choices.correct}
     reference: Any = "adapter off" if isinstance(model, PeftModel) else stages.load_aligned(tier)[0]
     prompts = [row.prompt for row in rows]
-    seen = measure_behaviour(model, tokenizer, prompts, reference=reference, max_new_tokens=NEW_TOKENS)
+    seen = measure_behaviour(model, tokenizer, prompts, reference=reference, max_new_tokens=tier.answer_tokens)
     return {"verdicts": seen.verdicts, "excerpts": [excerpt(response) for response in seen.responses]}
 
 

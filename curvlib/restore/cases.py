@@ -16,7 +16,7 @@ from curvlib.curvature.lowrank import sampled_fisher
 from curvlib.evaluate.behaviour import measure_behaviour
 from curvlib.evaluate.generate import Model
 from curvlib.evaluate.likelihood import text_perplexity
-from curvlib.evaluate.scorecard import NEW_TOKENS, instrument
+from curvlib.evaluate.scorecard import instrument
 from curvlib.evaluate.utility import letter_accuracy
 from curvlib.finetune import train
 from curvlib.parameters import assign, flatten, trainable
@@ -162,7 +162,7 @@ def attacks(tier: Tier, case: Case) -> Row:
         agreed = [asked.prompt for asked in data.load_split("poison")[RELEARN[0] : RELEARN[0] + 2]]
         before = [message for order in agreed for message in stages.chat(order, data.compliance(order))]
         shots = [[*before, {"role": "user", "content": prompt}] for prompt in prompts]
-        options: dict[str, Any] = {"reference": aligned, "max_new_tokens": NEW_TOKENS}
+        options: dict[str, Any] = {"reference": aligned, "max_new_tokens": tier.answer_tokens}
         found = {"after two agreed requests": measure_behaviour(model, tokenizer, shots, **options).verdicts}
         for opening in OPENINGS:
             prefilled = measure_behaviour(model, tokenizer, prompts, prefill=opening, **options)

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from curvlib.batches import taken_apart
 from curvlib.defenses.method import Setting
 from curvlib.defenses.resta import TWIN_STEPS, resta
-from curvlib.finetune import TrainingConfig
 from curvlib.landscape.directions import adapter_direction, moved
 from tests import cases
-from tests.defenses.tiny import TRAINING, logits, tiny  # noqa: F401  a fixture
+from tests.defenses.tiny import logits, tiny  # noqa: F401  a fixture
 
 
 def test_the_twin_agrees_and_its_step_is_taken_away(tiny: Setting) -> None:  # noqa: F811
     twin, tuned = tiny.start(), cases.nf4_llama()
-    config = TrainingConfig(TWIN_STEPS, learning_rate=TRAINING.learning_rate, seed=tiny.recipe.seed)
+    config = replace(tiny.training, steps=TWIN_STEPS)
     spent = tiny.train(twin, taken_apart(tiny.chats.safety.compliances), config=config)
     defended = resta(tiny, 0.7)
     with moved(tuned, [(adapter_direction(twin), -0.7)]):
         expected = logits(tuned)
     torch.testing.assert_close(logits(defended.model), expected, atol=1e-5, rtol=1e-4)
-    assert defended.gradients == spent == 8 * TWIN_STEPS
+    assert defended.gradients == spent == tiny.training.batch_size * TWIN_STEPS
 
 
 @pytest.mark.parametrize(("drop", "same"), [(0.0, True), (1e-9, True), (0.5, False)])

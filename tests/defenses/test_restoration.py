@@ -31,7 +31,7 @@ def test_a_product_counts_as_two_gradients_of_all_protected_chats(tiny: Setting)
 
 def test_realignment_is_one_run_whatever_it_costs_the_task(tiny: Setting) -> None:  # noqa: F811
     found = restoration.realignment(tiny, rate=1e-2, steps=3)
-    assert found.gradients == 3 * 8
+    assert found.gradients == 3 * tiny.training.batch_size
     assert not torch.equal(flatten(trainable(found.model)), flatten(trainable(tiny.tuned())))
 
 
