@@ -1,14 +1,15 @@
 """Studies: what needs several seeds or a wide grid, run by hand and committed as ``data/studies/NAME.json``.
 
 A study has parts. Each can be measured alone, on whatever machine, and joins what the file holds of the others; the
-claims follow from the rows of all parts that are there.
+claims follow from the rows of all whole parts. A long part's rows are written as they come: interrupted, it goes on
+from them, whatever became of the cache.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,12 @@ Row = dict[str, Any]
 class Study:
     """Parts in the order in which they are measured, and what is claimed of the rows of those that are there.
 
-    A part gets the tier and all rows measured before it, which may hold what it goes on from.
+    A part gets the tier and all rows measured before it, which may hold what it goes on from. One that yields its rows
+    instead of returning a list has each written at once; when it was interrupted, its own rows are among those it gets,
+    and it yields the others.
     """
 
-    parts: Mapping[str, Callable[[Tier, Sequence[Row]], list[Row]]]
+    parts: Mapping[str, Callable[[Tier, Sequence[Row]], Iterable[Row]]]
     claims: Callable[[Sequence[Row]], list[Claim]]
 
 
@@ -47,17 +50,17 @@ STUDIES: dict[str, Study] = {
 
 
 def run_study(name: str, tier: str, only: Sequence[str] = ()) -> Path:
-    """Measure a study, or some of its parts, and write its file after each part.
+    """Measure a study, or some of its parts, and write its file after each part, or each row of a long one.
 
     Cells measured before are kept, so an interrupted study goes on. With ``only``, the file's rows of the other parts
-    stay as they are.
+    stay as they are, and a part that was interrupted goes on from its own; one that is whole is measured again.
 
     Raises:
         CurvlibError: no study, part or tier has this name, or the file's other parts are of another tier.
     """
     if name not in STUDIES:
         raise CurvlibError(f"no study is called {name!r}: choose one of {', '.join(STUDIES)}")
-    study, size, kept = STUDIES[name], get_tier(tier), load_study(name) if only else None
+    study, size, kept = STUDIES[name], get_tier(tier), _read(name) if only else None
     if unknown := [part for part in only if part not in study.parts]:
         raise CurvlibError(f"study {name} has no part {unknown[0]!r}: choose some of {', '.join(study.parts)}")
     if kept and kept["tier"] != tier:
@@ -67,19 +70,30 @@ def run_study(name: str, tier: str, only: Sequence[str] = ()) -> Path:
         rows[row["part"]].append(row)
     runs: dict[str, Any] = kept["runs"] if kept else {}
     for part in only or study.parts:
-        begin, others = time.monotonic(), [row for other in rows if other != part for row in rows[other]]
-        rows[part] = [{"part": part, **row} for row in study.parts[part](size, others)]
+        begin, own = time.monotonic(), rows[part] if _unfinished(runs, part) else []
+        rows[part] = own
+        made = study.parts[part](size, [row for found in rows.values() for row in found])
+        for row in made:
+            own.append({"part": part, **row})
+            if not isinstance(made, list):
+                _write(name, tier, {**runs, part: {"unfinished": True}}, rows)
         # seconds are of this call: cells that were kept cost nothing
         runs[part] = {"device": device_name(), "wall_s": round(time.monotonic() - begin, 1)} | installed_versions()
-        found = [row for own in rows.values() for row in own]
-        _write(name, {"study": name, "tier": tier, "runs": runs, "claims": study.claims(found), "rows": found})
+        _write(name, tier, runs, rows)
     return study_file(name)
 
 
-def _write(name: str, record: dict[str, Any]) -> None:
+def _unfinished(runs: Mapping[str, Any], part: str) -> bool:
+    return bool(runs.get(part, {}).get("unfinished"))
+
+
+def _write(name: str, tier: str, runs: dict[str, Any], rows: Mapping[str, list[Row]]) -> None:
     path = study_file(name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    record = {**record, "claims": [asdict(claim) for claim in record["claims"]]}
+    whole = [row for part, own in rows.items() if not _unfinished(runs, part) for row in own]
+    claims = [asdict(claim) for claim in STUDIES[name].claims(whole)]
+    every = [row for own in rows.values() for row in own]
+    record = {"study": name, "tier": tier, "runs": runs, "claims": claims, "rows": every}
     write_atomically(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
 
 
@@ -89,11 +103,20 @@ def study_file(name: str) -> Path:
 
 
 def load_study(name: str) -> dict[str, Any] | None:
-    """Return a study's committed result, or None if it was not run yet.
+    """Return a study's committed result, of its whole parts, or None if none was measured yet.
 
     Raises:
         CurvlibError: the file is damaged.
     """
+    record = _read(name)
+    if record is None:
+        return None
+    runs = {part: run for part, run in record["runs"].items() if not _unfinished(record["runs"], part)}
+    rows = [row for row in record["rows"] if row["part"] in runs]
+    return {**record, "runs": runs, "rows": rows} if runs else None
+
+
+def _read(name: str) -> dict[str, Any] | None:
     path = study_file(name)
     if not path.exists():
         return None

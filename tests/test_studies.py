@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,27 @@ def test_an_interrupted_study_keeps_its_finished_parts(folder: Path, monkeypatch
     monkeypatch.setattr(studies, "STUDIES", {"toy": Study({"first": first, "second": fail}, claims)})
     assert main(["study", "toy", "--tier", "ci"]) == 130
     assert [row["part"] for row in written(folder)["rows"]] == ["first"]
+
+
+def test_a_long_part_goes_on_from_the_rows_that_it_yielded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop_at = 2
+
+    def long(_: Tier, rows: Sequence[Any]) -> Iterator[dict[str, Any]]:
+        for x in sorted({1, 2, 3} - {row["x"] for row in rows if row["part"] == "long"}):
+            if x == stop_at:
+                raise KeyboardInterrupt
+            yield {"x": x}
+
+    monkeypatch.setattr(studies, "STUDIES", {"toy": Study({"first": first, "long": long}, claims)})
+    assert main(["study", "toy", "--tier", "ci", "--only", "long"]) == 130
+    assert written(folder)["rows"] == [{"part": "long", "x": 1}]
+    assert (written(folder)["claims"], studies.load_study("toy")) == ([], None)
+    stop_at = 0
+    assert main(["study", "toy", "--tier", "ci", "--only", "first,long"]) == 0
+    assert [row["x"] for row in written(folder)["rows"] if row["part"] == "long"] == [1, 2, 3]
+    assert written(folder)["claims"][0]["value"] == 3.0
+    assert main(["study", "toy", "--tier", "ci", "--only", "long"]) == 0
+    assert [row["x"] for row in written(folder)["rows"] if row["part"] == "long"] == [1, 2, 3]
 
 
 def test_an_unknown_study_or_part_and_a_damaged_file_are_one_line(

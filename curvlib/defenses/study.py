@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -29,16 +29,15 @@ MAIN = "10 % poison"
 RATES = ("harmful_compliance", "refusal", "incoherent", "over_refusal", "task_accuracy")
 
 
-def search_rows(tier: Tier, _: Sequence[Row] = ()) -> list[Row]:
-    """Return one row a trial: its score on validation prompts at one seed and 10 % poison.
+def search_rows(tier: Tier, found: Sequence[Row] = ()) -> Iterator[Row]:
+    """Yield one row a trial that ``found`` has not: its score on validation prompts at one seed and 10 % poison.
 
     Cost: 51 trials of one to four minutes at tier cpu on 2 cores.
     """
-    plan = [(name, trial) for name, method in METHODS.items() for trial in method.trials]
-    return [
-        {"name": name, "trial": dict(trial), "score": score(tier, METHODS[name], trial)}
-        for name, trial in bar(plan, desc="search")
-    ]
+    tried = [(row["name"], row["trial"]) for row in found if row["part"] == "search"]
+    plan = [(name, dict(trial)) for name, method in METHODS.items() for trial in method.trials]
+    for name, trial in bar([one for one in plan if one not in tried], desc="search"):
+        yield {"name": name, "trial": trial, "score": score(tier, METHODS[name], trial)}
 
 
 def score(tier: Tier, method: Method, trial: Trial) -> float:
@@ -59,17 +58,19 @@ def chosen(name: str, found: Sequence[Row]) -> Trial:
     return next(trial for trial in METHODS[name].trials if dict(trial) == best["trial"])
 
 
-def final_rows(poison: float, tier: Tier, found: Sequence[Row]) -> list[Row]:
-    """Return one row a method on the final test of one kind of fine-tune, with the trials that the search chose.
+def final_rows(poison: float, tier: Tier, found: Sequence[Row]) -> Iterator[Row]:
+    """Yield one row a method on the final test of one kind of fine-tune, with the trials that the search chose.
 
-    Cost: 57 cells of one to four minutes at tier cpu on 2 cores.
+    Methods that ``found`` has already are left out. Cost: three cells a method, each of one to four minutes at tier cpu
+    on 2 cores.
     """
-    plan = [(name, seed) for seed in SEEDS for name in METHODS]
-    cells: dict[str, list[Cell]] = {name: [] for name in METHODS}
-    for name, seed in bar(plan, desc="final test"):
-        recipe = FineTune(poison=poison, seed=seed)
-        cells[name].append(protocol.cell(tier, METHODS[name], recipe, chosen(name, found)))
-    return rows(cells)
+    recipes = [FineTune(poison=poison, seed=seed) for seed in SEEDS]
+    tested = {row["name"] for row in found if row.get("poison") == poison}
+    cells: dict[str, list[Cell]] = {}
+    for name in bar([name for name in METHODS if name not in tested or name == BEFORE], desc="final test"):
+        cells[name] = [protocol.cell(tier, METHODS[name], recipe, chosen(name, found)) for recipe in recipes]
+        if name not in tested:
+            yield _row(name, cells[name], cells[BEFORE])
 
 
 def compare(tier: Tier, recipe: FineTune) -> dict[str, list[Cell]]:
@@ -78,7 +79,7 @@ def compare(tier: Tier, recipe: FineTune) -> dict[str, list[Cell]]:
     return {name: [protocol.cell(tier, method, recipe, method.trials[0])] for name, method in found}
 
 
-PARTS: dict[str, Callable[[Tier, Sequence[Row]], list[Row]]] = {
+PARTS: dict[str, Callable[[Tier, Sequence[Row]], Iterator[Row]]] = {
     "search": search_rows,
     **{name: partial(final_rows, poison) for name, poison in POISONS.items()},
 }

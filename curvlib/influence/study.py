@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from curvlib.errors import CurvlibError
 from curvlib.evaluate.intervals import Estimate, bootstrap, paired_difference
 from curvlib.evaluate.scorecard import Scorecard, scorecard, stage_scorecard
 from curvlib.influence import recipe as recipes
@@ -86,22 +87,38 @@ def transformer_case(seed: int, methods: Sequence[str] = METHODS) -> tuple[Toy, 
     return case, actual, {**found, "cosine": cosine(rows, wanted)}
 
 
-def datamodeling_rows(tier: Tier) -> list[Row]:
+def subset_rows(tier: Tier, found: Sequence[Row] = ()) -> Iterator[Row]:
+    """Yield one row a random half of the training set: each query's loss after training on it, for those not there yet.
+
+    Cost at tier cpu: 100 fine-tunes of half length, a minute and a half each on one core.
+    """
+    known = {row["subset"] for row in found if row["part"] == "subsets"}
+    chosen = validate.subsets(tier.tune_examples, tier.influence_subsets)
+    for number in bar([number for number in range(len(chosen)) if number not in known], desc="subsets"):
+        losses = recipes.query_losses(tier, FineTune(poison=POISON), chosen[number])["compliance"]
+        yield {"subset": number, "losses": losses}
+
+
+def datamodeling_rows(tier: Tier, found: Sequence[Row]) -> list[Row]:
     """Return for each method and damping its linear datamodeling score on the 4-bit model, with its cost.
 
     Scores of every query are compared query by query; ``mean`` is the score on the mean of the queries, which is all
-    that iterative solvers are asked for. Cost at tier cpu: 100 fine-tunes of half length.
+    that iterative solvers are asked for.
+
+    Raises:
+        CurvlibError: the part ``subsets`` is not whole.
     """
-    recipe = FineTune(poison=POISON)
+    recipe, runs = FineTune(poison=POISON), {row["subset"]: row["losses"] for row in found if row["part"] == "subsets"}
+    chosen = validate.subsets(tier.tune_examples, tier.influence_subsets)
+    if len(runs) < len(chosen):
+        raise CurvlibError(f"{len(runs)} of {len(chosen)} retrainings were made: measure the part 'subsets' first")
     methods = [Method(name, factor) for name in DIRECT for factor in FACTORS]
     methods += [Method(name) for name in (*ITERATIVE, *BASELINES)]
-    found = recipes.scores(tier, recipe, methods)
-    chosen = validate.subsets(tier.tune_examples, tier.influence_subsets)
-    runs = [recipes.query_losses(tier, recipe, part)["compliance"] for part in bar(chosen, desc="subsets")]
-    losses = torch.tensor(runs, dtype=torch.float64).T
+    scored = recipes.scores(tier, recipe, methods)
+    losses = torch.tensor([runs[number] for number in range(len(chosen))], dtype=torch.float64).T
     rows = []
     for method in methods:
-        scores = found[method.label]
+        scores = scored[method.label]
         values = scores.values.double()
         mean = validate.datamodeling_score(values.mean(dim=0)[None], chosen, losses.mean(dim=0)[None])
         alone = validate.datamodeling_score(values, chosen, losses) if len(values) == len(losses) else mean
@@ -110,28 +127,30 @@ def datamodeling_rows(tier: Tier) -> list[Row]:
     return rows
 
 
-def all_removal_rows(tier: Tier) -> list[Row]:
-    """Return :func:`removal_rows` of the poisoned fine-tune of each seed, and of a benign one."""
-    rows = [row for seed in SEEDS for row in removal_rows(tier, FineTune(poison=POISON, seed=seed))]
-    return rows + removal_rows(tier, FineTune(poison=0.0), removed=round(POISON * tier.tune_examples))
+def all_removal_rows(tier: Tier, found: Sequence[Row] = ()) -> Iterator[Row]:
+    """Yield :func:`removal_rows` of each poisoned fine-tune and of a benign one, where ``found`` lacks them."""
+    for recipe in (*(FineTune(poison=POISON, seed=seed) for seed in SEEDS), FineTune(poison=0.0)):
+        own = [row for row in found if row["part"] == "removal"]
+        known = [row["removed"] for row in own if (row["poison"], row["seed"]) == (recipe.poison, recipe.seed)]
+        yield from removal_rows(tier, recipe, known)
 
 
-def removal_rows(tier: Tier, recipe: FineTune, removed: int | None = None) -> list[Row]:
-    """Return one row a ranking: how it finds the poison, and the model trained without what it ranks highest.
+def removal_rows(tier: Tier, recipe: FineTune, known: Sequence[str] = ()) -> Iterator[Row]:
+    """Yield one row a ranking: how it finds the poison, and the model trained without what it ranks highest.
 
     Args:
-        tier: sizes.
+        tier: sizes; as many chats are removed as a poisoned fine-tune has poisoned ones.
         recipe: the poisoned fine-tune, or a benign one.
-        removed: chats to remove; by default as many as were poisoned.
+        known: rankings to leave out.
     """
     examples, poisoned = recipes.training_set(tier, recipe)
-    count = sum(poisoned) if removed is None else removed
-    found = recipes.scores(tier, recipe)
-    rows = [_behaviour_row("nothing", recipe, stage_scorecard(tier, recipe))]
-    if recipe.poison:
+    count, found = round(POISON * tier.tune_examples), recipes.scores(tier, recipe)
+    if "nothing" not in known:
+        yield _behaviour_row("nothing", recipe, stage_scorecard(tier, recipe))
+    if recipe.poison and "clean fine-tune" not in known:
         clean = stage_scorecard(tier, FineTune(poison=0.0, seed=recipe.seed))
-        rows.append(_behaviour_row("clean fine-tune", recipe, clean))
-    for label, scores in found.items():
+        yield _behaviour_row("clean fine-tune", recipe, clean)
+    for label, scores in bar([one for one in found.items() if one[0] not in known], desc="removal"):
         row: Row = {}
         if recipe.poison:
             row = validate.auroc(scores.suspicion, poisoned).columns("auroc")
@@ -139,8 +158,7 @@ def removal_rows(tier: Tier, recipe: FineTune, removed: int | None = None) -> li
         if label in ("fisher", "random") or recipe.seed == 0:
             kept = recipes.without(len(examples), validate.most_suspicious(scores.suspicion, count))
             row = {**row, **_behaviour_row(label, recipe, removed_scorecard(tier, recipe, kept))}
-        rows.append({"removed": label, "poison": recipe.poison, "seed": recipe.seed, **row})
-    return rows
+        yield {"removed": label, "poison": recipe.poison, "seed": recipe.seed, **row}
 
 
 def removed_scorecard(tier: Tier, recipe: FineTune, kept: Sequence[int]) -> Scorecard:
@@ -160,7 +178,7 @@ def _behaviour_row(removed: str, recipe: FineTune, card: Scorecard) -> Row:
 
 def claims(rows: Sequence[Row]) -> list[Claim]:
     """Return the claims of the parts that are there; each follows from the rows alone."""
-    by = {part: [row for row in rows if row["part"] == part] for part in PARTS}
+    by = {part: [row for row in rows if row["part"] == part] for part in _CLAIMS}
     return [claim for part, own in by.items() if own for claim in _CLAIMS[part](own)]
 
 
@@ -217,11 +235,12 @@ def _claim(name: str, statement: str, found: Estimate, control: float, holds: bo
     return Claim(name, statement, found.value, found.low, found.high, control, found.n, holds)
 
 
-PARTS: dict[str, Callable[[Tier, Sequence[Row]], list[Row]]] = {
+PARTS: dict[str, Callable[[Tier, Sequence[Row]], Iterable[Row]]] = {
     "convex": lambda *_: convex_rows(),
     "transformer": lambda *_: transformer_rows(),
-    "datamodeling": lambda tier, _: datamodeling_rows(tier),
-    "removal": lambda tier, _: all_removal_rows(tier),
+    "subsets": subset_rows,
+    "datamodeling": datamodeling_rows,
+    "removal": all_removal_rows,
 }
 _CLAIMS = {
     "convex": _convex_claims,

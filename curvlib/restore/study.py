@@ -6,7 +6,7 @@ longer one keeps what it has. Harmful prompts of the final test are the ``reserv
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -57,13 +57,20 @@ def label(how: Restoration) -> str:
     return "re-alignment" if how.objective == "realign" else f"{how.objective}, {how.metric}"
 
 
-def screening(tier: Tier, _: Sequence[Row] = ()) -> list[Row]:
-    """Return one row a reading, measured on validation prompts at one seed and 10 % poison.
+def screening(tier: Tier, rows: Sequence[Row] = ()) -> Iterator[Row]:
+    """Yield one row a reading, measured on validation prompts at one seed and 10 % poison, for those not in ``rows``.
 
     Cost at tier cpu on 2 cores: about a minute and a half a reading.
     """
-    rows = [row(tier, case, "validation") for case in bar(readings(), desc="screening")]
-    return [{**found, "score": score(found)} for found in rows]
+    for case in bar(_left("screening", readings(), rows), desc="screening"):
+        found = row(tier, case, "validation")
+        yield {**found, "score": score(found)}
+
+
+def _left(part: str, cases: Sequence[Case], rows: Sequence[Row]) -> list[Case]:
+    """Return the cases of a part that have no row yet."""
+    known = {(found["name"], found["seed"]) for found in rows if found["part"] == part}
+    return [case for case in cases if (case.name, case.fine_tune.seed) not in known]
 
 
 def score(found: Mapping[str, Any]) -> float:
@@ -80,30 +87,31 @@ def finalists(rows: Sequence[Row]) -> list[Case]:
     return [known[found["name"]] for found in best]
 
 
-def contest(tuned: FineTune, tier: Tier, rows: Sequence[Row]) -> list[Row]:
-    """Return the default reading, the screening's finalists, re-alignment and controls, on one fine-tune, three seeds.
+def contest(part: str, tuned: FineTune, tier: Tier, rows: Sequence[Row]) -> Iterator[Row]:
+    """Yield the default reading, the screening's finalists, re-alignment and controls, on one fine-tune, three seeds.
 
     Cost at tier cpu on 2 cores: about three minutes a row.
     """
     found = finalists([screened for screened in rows if screened["part"] == "screening"])
     cases = [Case(label(OURS), OURS), *found, Case(label(REALIGN), REALIGN), *CONTROLS]
     plan = [case.at(tuned, seed) for seed in SEEDS for case in cases]
-    return [{**row(tier, case), **utility(tier, case)} for case in bar(plan, desc="contest")]
+    for case in bar(_left(part, plan, rows), desc=part):
+        yield {**row(tier, case), **utility(tier, case)}
 
 
-def settings(tier: Tier, _: Sequence[Row] = ()) -> list[Row]:
-    """Return how the default reading depends on its data, τ, λ and what was fine-tuned, at one seed."""
+def settings(tier: Tier, rows: Sequence[Row] = ()) -> Iterator[Row]:
+    """Yield how the default reading depends on its data, τ, λ and what was fine-tuned, at one seed."""
     few = [Case(f"{n} safety chats", OURS, sizes=(("restore_chats", n),)) for n in (4, 16, 64)]
     few += [Case(f"{n} protected chats of a kind", OURS, sizes=(("curvature_chats", n),)) for n in (4, 32, 64)]
     budgets = [Budget(trust=tau, damping=damping) for tau in (0.005, 0.05, 0.5) for damping in (0.1, 1.0, 10.0)]
     chart = [Case(f"τ {b.trust:g}, λ {b.damping:g}", Restoration(budget=b)) for b in budgets]
     other = [Case("rank 16", OURS, fine_tune=replace(POISONED, rank=16))]
-    cases = [*few, *chart, *other]
-    return [row(tier, case) for case in bar(cases, desc="settings")]
+    for case in bar(_left("settings", [*few, *chart, *other], rows), desc="settings"):
+        yield row(tier, case)
 
 
-def regimes(tier: Tier, _: Sequence[Row] = ()) -> list[Row]:
-    """Return ours beside the plain gradient and re-alignment where data are scarce, and in one step."""
+def regimes(tier: Tier, rows: Sequence[Row] = ()) -> Iterator[Row]:
+    """Yield ours beside the plain gradient and re-alignment where data are scarce, and in one step."""
     contenders, once = CONTENDERS, Budget(steps=1)
     saved = {"ours, saved metric": replace(OURS, metric="saved"), "re-alignment": REALIGN}
     without = {**saved, "plain gradient": contenders["plain gradient"]}
@@ -114,19 +122,21 @@ def regimes(tier: Tier, _: Sequence[Row] = ()) -> list[Row]:
     ]
     cases += [Case(f"{name}, {ALONE}", how, alone=True) for name, how in without.items()]
     cases += [Case(f"{name}, one step", replace(contenders[name], budget=once)) for name in ("ours", "plain gradient")]
-    return [row(tier, case) for case in bar(cases, desc="regimes")]
+    for case in bar(_left("regimes", cases, rows), desc="regimes"):
+        yield row(tier, case)
 
 
-def attack_rows(tier: Tier, _: Sequence[Row] = ()) -> list[Row]:
-    """Return what attacks on restored models bring, beside the aligned model."""
+def attack_rows(tier: Tier, rows: Sequence[Row] = ()) -> Iterator[Row]:
+    """Yield what attacks on restored models bring, beside the aligned model."""
     cases = [*[Case(name, how) for name, how in CONTENDERS.items()], REVERSION]
-    return [{"name": case.name, **attacks(tier, case)} for case in bar(cases, desc="attacks")]
+    for case in bar(_left("attacks", cases, rows), desc="attacks"):
+        yield {"name": case.name, "seed": case.fine_tune.seed, **attacks(tier, case)}
 
 
-PARTS: dict[str, Callable[[Tier, Sequence[Row]], list[Row]]] = {
+PARTS: dict[str, Callable[[Tier, Sequence[Row]], Iterator[Row]]] = {
     "screening": screening,
-    "contest": partial(contest, POISONED),
-    "benign contest": partial(contest, BENIGN),
+    "contest": partial(contest, "contest", POISONED),
+    "benign contest": partial(contest, "benign contest", BENIGN),
     "settings": settings,
     "regimes": regimes,
     "attacks": attack_rows,

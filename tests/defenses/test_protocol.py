@@ -90,6 +90,7 @@ def test_the_search_reads_validation_and_takes_the_best(splits: list[str], monke
     monkeypatch.setattr(study, "METHODS", {LINEAR.name: LINEAR})
     rows = [{"part": "search", **row} for row in study.search_rows(TIER)]
     assert study.chosen(LINEAR.name, rows) == {"share": 0.4}
+    assert [row["trial"] for row in study.search_rows(TIER, rows[1:])] == [FIRST]
 
 
 def test_the_score_rewards_selective_refusals_and_the_task() -> None:

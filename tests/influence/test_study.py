@@ -11,6 +11,7 @@ import torch
 
 from curvlib import models, stages
 from curvlib.batches import Example
+from curvlib.errors import CurvlibError
 from curvlib.evaluate.behaviour import summarise
 from curvlib.evaluate.intervals import rate
 from curvlib.evaluate.scorecard import Scorecard
@@ -95,8 +96,10 @@ def test_the_last_chats_are_the_poison(tiny: Tier) -> None:
 def test_the_study_runs_and_claims_what_its_rows_say(tiny: Tier, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study, "SEEDS", (0, 1))
     monkeypatch.setattr(study, "transformer_rows", lambda: transformer_rows(0.95))
-    rows = [{"part": part, **row} for part, measure in study.PARTS.items() for row in measure(tiny, [])]
-    assert list(dict.fromkeys(row["part"] for row in rows)) == ["convex", "transformer", "datamodeling", "removal"]
+    rows: list[dict[str, Any]] = []
+    for part, measure in study.PARTS.items():
+        rows += [{"part": part, **row} for row in measure(tiny, tuple(rows))]
+    assert list(dict.fromkeys(row["part"] for row in rows)) == list(study.PARTS)
     assert [claim.id for claim in study.claims(rows[:3])] == ["loo_spearman_convex"]
     by = {claim.id: claim for claim in study.claims(rows)}
     assert list(by) == [
@@ -115,6 +118,17 @@ def test_the_study_runs_and_claims_what_its_rows_say(tiny: Tier, monkeypatch: py
     benign = [row for row in rows if row["part"] == "removal" and row["poison"] == 0]
     assert "clean fine-tune" not in {row["removed"] for row in benign}
     assert all("auroc_value" not in row for row in benign)
+
+
+def test_long_parts_go_on_from_the_rows_that_are_there(tiny: Tier) -> None:
+    subsets = [{"part": "subsets", **row} for row in study.subset_rows(tiny)]
+    assert list(study.subset_rows(tiny, subsets[:-1])) == [{key: subsets[-1][key] for key in ("subset", "losses")}]
+    with pytest.raises(CurvlibError, match=r"0 of \d+ retrainings were made: measure the part 'subsets' first"):
+        study.datamodeling_rows(tiny, [])
+    removal = [{"part": "removal", **row} for row in study.all_removal_rows(tiny)]
+    left = list(study.all_removal_rows(tiny, removal[:-2]))
+    assert [row["removed"] for row in left] == [row["removed"] for row in removal[-2:]]
+    assert list(study.all_removal_rows(tiny, removal)) == []
 
 
 def transformer_rows(best: float) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ from curvlib.tiers import Tier, get_tier
 from tests import cases
 from tests.landscape.tiny import tiny  # noqa: F401  a fixture
 
+ROW: dict[str, Any] = {"seed": 0, "harmful": ["refuses"], "edgy": ["complies"], "task": [True]}
 QUICK = Restoration(metric="identity", budget=Budget(steps=1, rise=10.0))
 
 
@@ -68,6 +69,16 @@ def test_alone_means_that_only_safety_chats_are_given(small: Tier) -> None:
     assert given.safety.refusals
     saved = Case("saved", replace(QUICK, metric="saved"), alone=True)
     assert study.cost(small, saved)["norm"] > 0
+
+
+def test_parts_yield_only_the_cases_that_have_no_row(small: Tier, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study, "row", lambda _, case, *__: dict(ROW, name=case.name))
+    first, second, *rest = study.readings()
+    known = [{"part": "screening", "name": case.name, "seed": 0} for case in (second, *rest)]
+    assert [found["name"] for found in study.screening(small, known)] == [first.name]
+    assert next(study.settings(small, known))["name"] == "4 safety chats"
+    regimes = [{"part": "regimes", **found} for found in study.regimes(small)]
+    assert list(study.regimes(small, regimes)) == []
 
 
 def test_cost_counts_what_was_spent(small: Tier) -> None:
