@@ -32,6 +32,7 @@ from curvlib.tiers import Tier
 
 Flags = NDArray[np.float64]
 Split = Literal["validation", "test"]
+NOT_RESTORING = ("cases", "controls", "door", "study")  # files of curvlib.restore that measure or serve its results
 SEARCHED = FineTune(poison=0.1, seed=0)  # the fine-tune on which trials are compared
 setting_of = lru_cache(maxsize=1)(Setting.of)  # a setting holds its models
 
@@ -125,8 +126,8 @@ def sizes(tier: Tier, split: Split) -> dict[str, int]:
 def code(method: Method) -> str:
     """Return a digest of the code behind a cell: what a change of it may move is measured again.
 
-    It covers the method's file, the modules of curvlib that this file names, all of :mod:`curvlib.restore` if one of
-    them lies there, and the judge.
+    It covers the method's file, the modules of curvlib that this file names, all that restores in
+    :mod:`curvlib.restore` if one of them lies there, and the judge.
     """
     own = sys.modules[method.apply.__module__]
     named = {
@@ -135,5 +136,6 @@ def code(method: Method) -> str:
     }
     files = {Path(str(sys.modules[name].__file__)) for name in named if name.startswith("curvlib.")}
     files |= {path for file in files if file.parent.name == "restore" for path in file.parent.glob("*.py")}
+    files -= {path for path in files if path.parent.name == "restore" and path.stem in NOT_RESTORING}
     files |= {Path(str(scorecard.__file__)).with_name(f"{name}.py") for name in scorecard.INSTRUMENT}
     return code_digest(files)

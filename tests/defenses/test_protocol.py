@@ -116,4 +116,5 @@ def test_the_digest_covers_what_a_method_is_made_of(monkeypatch: pytest.MonkeyPa
         seen.clear()
         protocol.code(METHODS[name])
         assert wanted <= {path.name for path in seen}
+        assert "study.py" not in {path.name for path in seen}
         assert ("loop.py" in {path.name for path in seen}) == (name == "restoration (ours)")
