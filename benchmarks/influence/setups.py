@@ -116,7 +116,7 @@ def by_rule(seen: Sequence[Example]) -> Callable[[nn.Module], float]:
 
 def retrained(tier: Tier, tuned: FineTune, chosen: Sequence[Sequence[int]]) -> Tensor:
     """Return the compliance losses (m, M) after training on each subset: stages that the influence study shares."""
-    found = [recipe.query_losses(tier, tuned, part)["compliance"] for part in bar(chosen, desc="subsets")]
+    found = [recipe.query_losses(tier, tuned, part) for part in bar(chosen, desc="subsets")]
     return torch.tensor(found, dtype=torch.float64).T
 
 

@@ -6,8 +6,8 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from functools import cache
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from curvlib.batches import Example
 from curvlib.curvature import chat_gradients as chat_gradients_module
 from curvlib.evaluate.behaviour import excerpt
 from curvlib.evaluate.likelihood import token_losses
-from curvlib.finetune import train
+from curvlib.finetune import TrainingConfig, train
 from curvlib.influence import gradients as gradients_module
 from curvlib.influence import inverse as inverse_module
 from curvlib.influence import scores as scores_module
@@ -186,52 +186,56 @@ class _Work:
         return alike[name]().expand(m, -1)
 
 
-def retrained(tier: Tier, recipe: FineTune, kept: Sequence[int], *, adapter: bool = True) -> Path:
-    """Return the folder of a fine-tune on the chats of these numbers alone: ``losses.json`` and perhaps ``model``.
+def retrained(tier: Tier, recipe: FineTune, kept: Sequence[int]) -> Path:
+    """Return the adapter (peft format) of a fine-tune on the chats of these numbers alone.
 
-    The steps shrink with the set, so that each chat is seen as often as before. ``losses.json`` holds each query's mean
-    loss by kind.
+    The steps shrink with the set, so that each chat is seen as often as before.
     """
-    examples, _ = training_set(tier, recipe)
-    asked = queries(tier)
-    chosen = [examples[number] for number in kept]
-    steps = max(1, round(tier.tune_steps * len(chosen) / len(examples)))
-    training = stages.tune_training(tier, recipe)
-    training = type(training)(**{**asdict(training), "steps": steps})
-    config = {
-        "base": Path(stages.aligned_source(tier)).parent.name or stages.aligned_source(tier),
-        "rank": recipe.rank,
-        "seed": recipe.seed,
-        "training": asdict(training),
-        "texts": stages.digest(chosen),
-        "queries": stages.digest([example for chats in asked.values() for example in chats]),
-        "adapter": adapter,
-    }
-
-    def build(place: Path) -> None:
-        base, tokenizer = stages.load_aligned(tier)
-        model = models.add_lora(base, rank=recipe.rank, seed=recipe.seed)
-        checkpoint = place / "training.safetensors"
-        label = f"fine-tune on {len(chosen)} of {len(examples)}"
-        train(model, chosen, training, pad_id=stages.pad_id(tokenizer), checkpoint=checkpoint, label=label)
-        losses = {kind: [float(loss.mean()) for loss in token_losses(model, chats, 8)] for kind, chats in asked.items()}
-        (place / "losses.json").write_text(json.dumps(losses), "utf-8")
-        if adapter:
-            model.save_pretrained(str(place / "model"))
-
-    return artifact("influence-run", config, build)
+    build = partial(_train_again, tier, recipe, kept)
+    config = _retraining(tier, recipe, kept)
+    return artifact("influence-run", config, lambda place: build(place).save_pretrained(str(place / "model"))) / "model"
 
 
 def load_retrained(tier: Tier, recipe: FineTune, kept: Sequence[int]) -> PeftModel:
     """Return the model of :func:`retrained`."""
-    return models.load_adapter(stages.load_aligned(tier)[0], retrained(tier, recipe, kept) / "model")
+    return models.load_adapter(stages.load_aligned(tier)[0], retrained(tier, recipe, kept))
 
 
-def query_losses(tier: Tier, recipe: FineTune, kept: Sequence[int]) -> dict[str, list[float]]:
-    """Return each query's mean loss by kind after training on the chats of these numbers; the adapter is not kept."""
-    place = retrained(tier, recipe, kept, adapter=False)
-    found: dict[str, list[float]] = json.loads((place / "losses.json").read_text("utf-8"))
+def query_losses(tier: Tier, recipe: FineTune, kept: Sequence[int]) -> list[float]:
+    """Return each compliance query's mean loss after the fine-tune of :func:`retrained`; no adapter is kept."""
+    asked = queries(tier)["compliance"]
+
+    def build(place: Path) -> None:
+        losses = token_losses(_train_again(tier, recipe, kept, place), asked, 8)
+        (place / "losses.json").write_text(json.dumps([float(loss.mean()) for loss in losses]), "utf-8")
+
+    place = artifact("influence-losses", _retraining(tier, recipe, kept) | {"queries": stages.digest(asked)}, build)
+    found: list[float] = json.loads((place / "losses.json").read_text("utf-8"))
     return found
+
+
+def _retraining(tier: Tier, recipe: FineTune, kept: Sequence[int]) -> dict[str, Any]:
+    """Return all that a fine-tune on the chats of these numbers depends on."""
+    chosen, training = _part(tier, recipe, kept)
+    base = Path(stages.aligned_source(tier)).parent.name or stages.aligned_source(tier)
+    config = {"base": base, "rank": recipe.rank, "seed": recipe.seed}
+    return config | {"training": asdict(training), "texts": stages.digest(chosen)}
+
+
+def _part(tier: Tier, recipe: FineTune, kept: Sequence[int]) -> tuple[list[Example], TrainingConfig]:
+    examples, _ = training_set(tier, recipe)
+    steps = max(1, round(tier.tune_steps * len(kept) / len(examples)))
+    return [examples[number] for number in kept], replace(stages.tune_training(tier, recipe), steps=steps)
+
+
+def _train_again(tier: Tier, recipe: FineTune, kept: Sequence[int], place: Path) -> PeftModel:
+    chosen, training = _part(tier, recipe, kept)
+    base, tokenizer = stages.load_aligned(tier)
+    model = models.add_lora(base, rank=recipe.rank, seed=recipe.seed)
+    label = f"fine-tune on {len(chosen)} chats"
+    checkpoint = place / "training.safetensors"
+    train(model, chosen, training, pad_id=stages.pad_id(tokenizer), checkpoint=checkpoint, label=label)
+    return model
 
 
 def without(count: int, removed: Sequence[int]) -> list[int]:

@@ -30,6 +30,7 @@ SEEDS = (0, 1, 2)
 RIDGE = 0.03  # of the toy transformer's objective, and so the damping of every method there
 FACTORS = (0.01, 0.1, 1.0)  # of the damping rule
 POISON = 0.1
+TRAINED = ("fisher", "random")  # rankings without whose highest chats every fine-tune is made again
 
 
 def convex_rows(seeds: Sequence[int] = SEEDS) -> list[Row]:
@@ -95,7 +96,7 @@ def subset_rows(tier: Tier, found: Sequence[Row] = ()) -> Iterator[Row]:
     known = {row["subset"] for row in found if row["part"] == "subsets"}
     chosen = validate.subsets(tier.tune_examples, tier.influence_subsets)
     for number in bar([number for number in range(len(chosen)) if number not in known], desc="subsets"):
-        losses = recipes.query_losses(tier, FineTune(poison=POISON), chosen[number])["compliance"]
+        losses = recipes.query_losses(tier, FineTune(poison=POISON), chosen[number])
         yield {"subset": number, "losses": losses}
 
 
@@ -138,6 +139,8 @@ def all_removal_rows(tier: Tier, found: Sequence[Row] = ()) -> Iterator[Row]:
 def removal_rows(tier: Tier, recipe: FineTune, known: Sequence[str] = ()) -> Iterator[Row]:
     """Yield one row a ranking: how it finds the poison, and the model trained without what it ranks highest.
 
+    Trained again are :data:`TRAINED` rankings, and all of them once, with poison at the first seed.
+
     Args:
         tier: sizes; as many chats are removed as a poisoned fine-tune has poisoned ones.
         recipe: the poisoned fine-tune, or a benign one.
@@ -150,12 +153,13 @@ def removal_rows(tier: Tier, recipe: FineTune, known: Sequence[str] = ()) -> Ite
     if recipe.poison and "clean fine-tune" not in known:
         clean = stage_scorecard(tier, FineTune(poison=0.0, seed=recipe.seed))
         yield _behaviour_row("clean fine-tune", recipe, clean)
+    found = {label: one for label, one in found.items() if recipe.poison or label in TRAINED}
     for label, scores in bar([one for one in found.items() if one[0] not in known], desc="removal"):
         row: Row = {}
         if recipe.poison:
             row = validate.auroc(scores.suspicion, poisoned).columns("auroc")
             row["precision"] = validate.precision_at(scores.suspicion, poisoned, count)
-        if label in ("fisher", "random") or recipe.seed == 0:
+        if label in TRAINED or recipe.seed == 0:
             kept = recipes.without(len(examples), validate.most_suspicious(scores.suspicion, count))
             row = {**row, **_behaviour_row(label, recipe, removed_scorecard(tier, recipe, kept))}
         yield {"removed": label, "poison": recipe.poison, "seed": recipe.seed, **row}
@@ -163,7 +167,7 @@ def removal_rows(tier: Tier, recipe: FineTune, known: Sequence[str] = ()) -> Ite
 
 def removed_scorecard(tier: Tier, recipe: FineTune, kept: Sequence[int]) -> Scorecard:
     """Return the scorecard of the model trained on the chats of these numbers."""
-    key = {"model": recipes.retrained(tier, recipe, kept).name}
+    key = {"model": recipes.retrained(tier, recipe, kept).parent.name}
     return scorecard(tier, key, lambda: recipes.load_retrained(tier, recipe, kept))
 
 

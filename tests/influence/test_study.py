@@ -14,6 +14,7 @@ from curvlib.batches import Example
 from curvlib.errors import CurvlibError
 from curvlib.evaluate.behaviour import summarise
 from curvlib.evaluate.intervals import rate
+from curvlib.evaluate.likelihood import token_losses
 from curvlib.evaluate.scorecard import Scorecard
 from curvlib.evaluate.utility import Choices
 from curvlib.influence import recipe, study
@@ -83,7 +84,8 @@ def test_a_retrained_model_saw_its_part_alone_and_is_kept(tiny: Tier, monkeypatc
     assert part == [chats(12, 0)[number] for number in kept]
     assert how.steps == 3  # 4 steps for 12 chats
     losses = recipe.query_losses(tiny, TUNED, kept)
-    assert {kind: len(values) for kind, values in losses.items()} == {"compliance": 2, "refusal": 2, "task": 2}
+    measured = token_losses(model, recipe.queries(tiny)["compliance"])
+    assert losses == pytest.approx([float(loss.mean()) for loss in measured], rel=1e-5)
     assert any(p.requires_grad for p in model.parameters())
     monkeypatch.setattr(recipe, "train", None)
     assert recipe.query_losses(tiny, TUNED, kept) == losses
