@@ -11,6 +11,7 @@ F is the generalised Gauss-Newton matrix of the mean loss (Martens, arXiv 1412.1
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -83,7 +84,7 @@ def sampled_fisher(model: nn.Module, batches: Sequence[Batch], *, samples: int =
         samples: draws of labels for each chat; n = samples × chats rows.
         seed: of the draws.
 
-    Cost: one gradient of all chats and a backward pass for each further draw; memory n × P numbers.
+    Cost: one gradient of all chats and a backward pass for each further draw; memory n × P numbers and a batch's rows.
 
     Raises:
         CurvlibError: see :func:`~curvlib.curvature.chat_gradients.chat_gradients`.
@@ -91,4 +92,8 @@ def sampled_fisher(model: nn.Module, batches: Sequence[Batch], *, samples: int =
     labels = torch.Generator(next(iter(trainable(model).values())).device).manual_seed(seed)
     total = sum(batch.tokens for batch in batches) * samples
     drawn = (chat_gradients(model, batch, fisher="sampled", labels=labels, draws=samples) for batch in batches)
-    return LowRankOperator(torch.cat(list(drawn)).mul_(total**-0.5))
+    first = next(drawn)
+    rows, end = first.new_empty(samples * sum(len(batch) for batch in batches), first.shape[1]), 0
+    for found in chain([first], drawn):  # one after the other into their place: no second copy of all rows
+        rows[end : end + len(found)], end = found, end + len(found)
+    return LowRankOperator(rows.mul_(total**-0.5))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from curvlib.parameters import assign, flatten, trainable
 from curvlib.restore.controls import random_step, shuffled_answers
 from curvlib.restore.metrics import DRAWS
 from curvlib.restore.outcome import chats
-from curvlib.restore.recipe import BATCH_SIZE, Chats, Restoration, restoration_chats, restored
+from curvlib.restore.recipe import BATCH_SIZE, Chats, Restoration, adapted, restoration_chats, restored
 from curvlib.stages import FineTune
 from curvlib.tiers import Tier
 
@@ -94,9 +94,26 @@ def _given(tier: Tier, sizes: tuple[tuple[str, int], ...]) -> Chats:
 
 
 def adapter(tier: Tier, case: Case) -> Path:
-    """Return the folder of a case's restored adapter."""
+    """Return the folder of a case's restored adapter; of ``twice`` that of the second restoration."""
     assert case.how
-    return restored(tier, case.fine_tune, case.how, given_chats(tier, case))
+    again = worn(tier, case) if case.control == "twice" else None
+    return restored(tier, case.fine_tune, case.how, given_chats(tier, case), again)
+
+
+def worn(tier: Tier, case: Case) -> Path:
+    """Return the adapter of a case's restored model after the same fine-tune once more, made once."""
+    first = adapter(tier, replace(case, control=""))
+    tokenizer = models.load_tokenizer(stages.aligned_source(tier))
+    examples = stages.fine_tuning_set(tokenizer, tier, case.fine_tune)
+    training = stages.tune_training(tier, case.fine_tune)
+
+    def build(place: Path) -> None:
+        model = adapted(tier, case.fine_tune, first / "model")
+        train(model, examples, training, pad_id=stages.pad_id(tokenizer), label="fine-tune again")
+        model.save_pretrained(str(place / "model"))
+
+    config = {"restored": first.name, "training": asdict(training), "texts": stages.digest(examples)}
+    return artifact("fine-tune-again", config, build) / "model"
 
 
 def key(tier: Tier, case: Case) -> dict[str, Any]:
@@ -105,6 +122,8 @@ def key(tier: Tier, case: Case) -> dict[str, Any]:
         return {"model": stages.fine_tuned(tier, case.fine_tune).parent.name}
     if case.control == "reversion":
         return {"model": Path(stages.aligned_source(tier)).parent.name}
+    if case.control == "worn":
+        return {"model": worn(tier, case).parent.name}
     name = adapter(tier, case).name
     return {"random step like": name, "seed": case.fine_tune.seed} if case.control == "random step" else {"model": name}
 
@@ -112,13 +131,15 @@ def key(tier: Tier, case: Case) -> dict[str, Any]:
 def load(tier: Tier, case: Case) -> Model:
     """Return a case's model: fine-tuned (``nothing``), aligned (``reversion``), restored, or moved at random instead.
 
-    The ``random step`` has the restoration's norm in the metric of the protected chats.
+    The ``random step`` has the restoration's norm in the metric of the protected chats. ``worn`` is restored and
+    fine-tuned again as before; ``twice`` restores that one too.
     """
     if case.control == "nothing":
         return stages.load_fine_tuned(tier, case.fine_tune)
     if case.control == "reversion":
         return stages.load_aligned(tier)[0]
-    done = models.load_adapter(stages.load_aligned(tier)[0], adapter(tier, case) / "model")
+    folder = worn(tier, case) if case.control == "worn" else adapter(tier, case) / "model"
+    done = adapted(tier, case.fine_tune, folder)
     if case.control != "random step":
         return done
     model, given = stages.load_fine_tuned(tier, case.fine_tune), given_chats(tier, case)

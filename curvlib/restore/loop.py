@@ -49,6 +49,7 @@ def restore(
     objective: str = "refusal",
     metric: str | SavedMetric = "fisher",
     budget: Budget | None = None,
+    goal: float | None = None,
     seed: int = 0,
 ) -> RestorationResult:
     """Move the adapter of a fine-tuned ``model`` back to safe behaviour, in place.
@@ -63,12 +64,13 @@ def restore(
             :mod:`curvlib.restore.objectives`; or ``return``, see :mod:`curvlib.restore.weighted_return`.
         metric: see :mod:`curvlib.restore.metrics`; a saved one needs neither task nor benign chats.
         budget: steps, trust region, allowed rise, damping.
+        goal: held-out safety loss at which it stops; by default the aligned model's, which is the adapter switched off.
         seed: of the metric's sampled labels.
 
-    It stops when the held-out safety loss reaches that of the aligned model (the adapter switched off), when no step
-    passes, or when the steps are spent. The metric is measured once, where the restoration starts. Cost of a step: one
-    gradient of the safety chats (and one of the protected chats if steps are to be orthogonal to it), at most
-    ``products`` products a solve, a forward pass of the held-out chats a trial.
+    It stops when the held-out safety loss reaches the goal, when no step passes, or when the steps are spent. The
+    metric is measured once, where the restoration starts. Cost of a step: one gradient of the safety chats (and one of
+    the protected chats if steps are to be orthogonal to it), at most ``products`` products a solve, a forward pass of
+    the held-out chats a trial.
 
     Raises:
         CurvlibError: unknown objective or metric, missing chats, or a gradient that is zero or not finite.
@@ -88,7 +90,8 @@ def restore(
             seed=seed,
         )
     parts, protected = objectives.terms(objective, safety_batches, task_batches, benign), [*task_batches, *benign]
-    search = _Search(Judge.of(model, objective, held_out), parts, protected, list(trainable(model).values()), budget)
+    judge, parameters = Judge.of(model, objective, held_out), list(trainable(model).values())
+    search = _Search(judge, parts, protected, parameters, budget, judge.goal() if goal is None else goal)
     if isinstance(metric, str):
         given: dict[str, Any] = {"compliances": safety_batches.compliances, "seed": seed}
         return search.result(partial(build_metric, metric, model, protected, **given))
@@ -104,6 +107,7 @@ class _Search:
     protected: Sequence[Batch]
     parameters: list[Tensor]
     budget: Budget
+    goal: float
     steps: list[StepRecord] = field(default_factory=list)
     products: int = 0
     gradients: int = 0
@@ -116,7 +120,7 @@ class _Search:
 
     def run(self, measured: Callable[..., Metric]) -> str:
         """Take steps until one of the stopping rules holds, and return which; the metric is measured at the start."""
-        goal, trust, metric = self.judge.goal(), self.budget.trust, None
+        trust, metric = self.budget.trust, None
         self.steps.append(self.judge.measure())
         for _ in bar(range(self.budget.steps), desc="restore"):
             gradient = self.gradient(self.parts)
@@ -133,7 +137,7 @@ class _Search:
             ratio = (self.steps[-1].safety - record.safety) / predicted
             trust = next_trust(trust, record.trust, ratio if self.budget.ratio else None)
             self.steps.append(record)
-            if record.safety <= goal:
+            if record.safety <= self.goal:
                 return "reached the aligned model's loss" + self.told
         return "steps spent" + self.told
 

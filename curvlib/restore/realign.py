@@ -47,6 +47,7 @@ def realign(
     benign_batches: Sequence[Batch] = (),
     budget: Budget | None = None,
     training: Sequence[TrainingConfig] = (),
+    goal: float | None = None,
     seed: int = 0,
 ) -> RestorationResult:
     """Fine-tune the adapter of ``model`` on refusals, task and benign chats together, in place.
@@ -54,8 +55,8 @@ def realign(
     Refusals are as many as the other chats, see :func:`balanced`.
 
     Every run starts from the given adapter. Of those that raise no held-out protected loss by more than
-    ``budget.rise``, the shortest is kept that reaches the aligned model's held-out refusal loss, where restoration
-    stops too; if none does, the one of least loss; if none improves, the adapter stays as it was.
+    ``budget.rise``, the shortest is kept that reaches the goal, where restoration stops too; if none does, the one of
+    least loss; if none improves, the adapter stays as it was.
 
     Args:
         model: an aligned model under a fine-tuned adapter, the only trainable parameters.
@@ -65,6 +66,7 @@ def realign(
         benign_batches: benign and benign-edgy chats.
         budget: its ``rise`` is used.
         training: the runs to choose from; :func:`candidates` by default.
+        goal: held-out refusal loss that suffices; by default the aligned model's, which is the adapter switched off.
         seed: of the default runs.
 
     Cost: one gradient for each step and chat of its batch, in all runs; for each run a forward of the held-out chats.
@@ -84,7 +86,7 @@ def realign(
         gradients += trained.gradient_evaluations * run.batch_size
         points.append(flatten(trainable(model)))
         judge.measure(trust=run.learning_rate, norm=float((points[-1] - judge.before).norm()))
-    chosen = best(judge, judge.trials[1:], budget.rise, judge.goal())
+    chosen = best(judge, judge.trials[1:], budget.rise, judge.goal() if goal is None else goal)
     number = judge.trials.index(chosen) - 1 if chosen else 0
     assign(trainable(model), points[number] if chosen else judge.before)
     reason = f"{runs[number].steps} steps at {runs[number].learning_rate:g} chosen"

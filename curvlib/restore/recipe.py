@@ -15,9 +15,10 @@ from curvlib.artifacts import artifact, code_digest
 from curvlib.batches import Batch, Example, make_batches, taken_apart
 from curvlib.curvature.kfac import ekfac
 from curvlib.curvature.kronecker import EKFAC
+from curvlib.errors import CurvlibError
 from curvlib.restore.loop import restore
 from curvlib.restore.metrics import DRAWS, EKFAC_RANK, SavedMetric
-from curvlib.restore.objectives import SafetyBatches
+from curvlib.restore.objectives import SafetyBatches, terms, value
 from curvlib.restore.outcome import Budget, HeldOut, RestorationResult
 from curvlib.restore.realign import realign
 from curvlib.stages import FineTune, pad_id
@@ -105,13 +106,20 @@ def saved_factors(tier: Tier, recipe: FineTune) -> Path:
     return artifact("factors", config, build) / "factors.safetensors"
 
 
-def restored(tier: Tier, recipe: FineTune, how: Restoration, chats: Chats | None = None) -> Path:
+def restored(
+    tier: Tier, recipe: FineTune, how: Restoration, chats: Chats | None = None, worn: Path | None = None
+) -> Path:
     """Return the folder of the restored adapter (``model``) and its history (``history.json``); made once.
 
-    ``chats`` are those of the tier unless others are given. The metric ``saved`` is that of :func:`saved_factors`.
+    ``chats`` are those of the tier unless others are given. ``worn`` is an adapter to restore in the place of the
+    fine-tuned one. The metric ``saved`` is that of :func:`saved_factors`.
+
+    Raises:
+        CurvlibError: the reading needs the aligned model, and the base under the adapter is a full fine-tune.
     """
     chats = chats or restoration_chats(tier, models.load_tokenizer(stages.aligned_source(tier)))
-    config = {"fine_tuned": stages.fine_tuned(tier, recipe).parent.name, **asdict(how), "seed": recipe.seed}
+    start = (worn or stages.fine_tuned(tier, recipe)).parent.name
+    config = {"fine_tuned": start, **asdict(how), "seed": recipe.seed}
     config["texts"] = stages.digest(taken_apart(chats.batches))
     names = CODE.get(how.objective, CODE[""])
     own = [Path(__file__).with_name(f"{name}.py") for name in ("outcome", "objectives", *names)]
@@ -119,12 +127,39 @@ def restored(tier: Tier, recipe: FineTune, how: Restoration, chats: Chats | None
     factors = saved_factors(tier, recipe) if how.metric == "saved" else None
 
     def build(place: Path) -> None:
-        model: Any = stages.load_fine_tuned(tier, recipe)
-        result = run(model, chats, how, seed=recipe.seed, factors=factors)
-        model.save_pretrained(place / "model")
+        goal = aligned_loss(tier, how, chats) if recipe.method == "full" else None
+        model = adapted(tier, recipe, worn)
+        result = run(model, chats, how, seed=recipe.seed, factors=factors, goal=goal)
+        model.save_pretrained(str(place / "model"))
         (place / "history.json").write_text(json.dumps(history(result), indent=1), "utf-8")
 
     return artifact("restore", config, build)
+
+
+def adapted(tier: Tier, recipe: FineTune, folder: Path | None = None) -> PeftModel:
+    """Return a fine-tuned model under the adapter in ``folder``; without one, under its own, or a fresh one if full."""
+    full = recipe.method == "full"
+    base: Any = stages.load_fine_tuned(tier, recipe) if full or not folder else stages.load_aligned(tier)[0]
+    if folder:
+        return models.load_adapter(base, folder)
+    fresh: PeftModel = models.add_lora(base, rank=recipe.rank, seed=recipe.seed) if full else base
+    return fresh
+
+
+def aligned_loss(tier: Tier, how: Restoration, chats: Chats) -> float:
+    """Return the aligned model's held-out safety loss where no adapter can be switched off to get it.
+
+    Raises:
+        CurvlibError: the reading needs the aligned model at every step.
+    """
+    if how.objective in ("distill", "return"):
+        raise CurvlibError(
+            f"objective {how.objective!r} was given for a full fine-tune, expected one that does not read the aligned "
+            "model, which lies under a LoRA adapter only: choose refusal, ascent, both or composite"
+        )
+    objective = "refusal" if how.objective == "realign" else how.objective
+    protected = [chats.held_out.protected.get(role, ()) for role in ("task", "benign")]
+    return value(stages.load_aligned(tier)[0], terms(objective, chats.held_out.safety, *protected))
 
 
 def _curvature_code() -> str:
@@ -132,14 +167,21 @@ def _curvature_code() -> str:
 
 
 def run(
-    model: PeftModel, chats: Chats, how: Restoration, *, seed: int, factors: Path | None = None
+    model: PeftModel,
+    chats: Chats,
+    how: Restoration,
+    *,
+    seed: int,
+    factors: Path | None = None,
+    goal: float | None = None,
 ) -> RestorationResult:
     """Restore ``model`` in place with the chats given; ``realign`` fine-tunes it on them instead.
 
-    ``factors`` is the file that the metric ``saved`` reads.
+    ``factors`` is the file that the metric ``saved`` reads. ``goal`` is the held-out safety loss that suffices, that of
+    the model without its adapter by default.
     """
     shared: dict[str, Any] = {"held_out": chats.held_out, "benign_batches": chats.benign}
-    shared |= {"budget": how.budget, "seed": seed}
+    shared |= {"budget": how.budget, "seed": seed, "goal": goal}
     if how.objective == "realign":
         return realign(model, chats.task, chats.safety, **shared)
     metric: Any = how.metric
@@ -168,5 +210,5 @@ def load_history(tier: Tier, recipe: FineTune, how: Restoration) -> dict[str, An
 
 
 def load_restored(tier: Tier, recipe: FineTune, how: Restoration) -> PeftModel:
-    """Return the restored model: the aligned one in NF4 under the restored, trainable adapter."""
-    return models.load_adapter(stages.load_aligned(tier)[0], restored(tier, recipe, how) / "model")
+    """Return the restored model in NF4 under the restored, trainable adapter."""
+    return adapted(tier, recipe, restored(tier, recipe, how) / "model")

@@ -100,12 +100,22 @@ def contest(part: str, tuned: FineTune, tier: Tier, rows: Sequence[Row]) -> Iter
 
 
 def settings(tier: Tier, rows: Sequence[Row] = ()) -> Iterator[Row]:
-    """Yield how the default reading depends on its data, τ, λ and what was fine-tuned, at one seed."""
+    """Yield how the default reading depends on its data, τ, λ and what was fine-tuned, at one seed.
+
+    It is measured for another rank and a full fine-tune, beside the model that was not restored, and for one that is
+    fine-tuned again after its restoration, before and after a second one.
+    """
     few = [Case(f"{n} safety chats", OURS, sizes=(("restore_chats", n),)) for n in (4, 16, 64)]
-    few += [Case(f"{n} protected chats of a kind", OURS, sizes=(("curvature_chats", n),)) for n in (4, 32, 64)]
+    few += [Case(f"{n} task chats", OURS, sizes=(("curvature_chats", n),)) for n in (4, 32, 128, 512)]
     budgets = [Budget(trust=tau, damping=damping) for tau in (0.005, 0.05, 0.5) for damping in (0.1, 1.0, 10.0)]
     chart = [Case(f"τ {b.trust:g}, λ {b.damping:g}", Restoration(budget=b)) for b in budgets]
-    other = [Case("rank 16", OURS, fine_tune=replace(POISONED, rank=16))]
+    tuned = {"rank 16": replace(POISONED, rank=16), "full fine-tune": replace(POISONED, method="full")}
+    other = [
+        replace(case, name=f"{name}, {case.name}", fine_tune=fine_tune)
+        for name, fine_tune in tuned.items()
+        for case in (NOTHING, Case("restored", OURS))
+    ]
+    other += [Case("fine-tuned again", OURS, "worn"), Case("restored again", OURS, "twice")]
     for case in bar(_left("settings", [*few, *chart, *other], rows), desc="settings"):
         yield row(tier, case)
 
@@ -145,7 +155,8 @@ PARTS: dict[str, Callable[[Tier, Sequence[Row]], Iterator[Row]]] = {
 
 def row(tier: Tier, case: Case, split: str = "reserve") -> Row:
     """Return one model's verdicts and answers, prompt by prompt, their rates, and what making it took."""
-    card = scorecard(tier, key(tier, case), lambda: load(tier, case), split=split)
+    apart = case.fine_tune.method == "full"
+    card = scorecard(tier, key(tier, case), lambda: load(tier, case), split=split, apart=apart)
     head = {"name": case.name, "control": case.control, **asdict(case.fine_tune)}
     return {**head, **card.columns(), **cost(tier, case)}
 

@@ -17,6 +17,7 @@ from curvlib.evaluate.intervals import rate
 from curvlib.evaluate.scorecard import Scorecard, scorecard
 from curvlib.evaluate.utility import Choices
 from curvlib.tiers import get_tier
+from tests import cases
 
 TIER = replace(get_tier("ci"), test_harmful=3, test_edgy=2, test_task=4)
 LONG = "one two three four five six seven eight secret"
@@ -75,6 +76,12 @@ def test_a_model_is_loaded_once_and_its_scores_are_read_again_afterwards(bench: 
     assert first.task
     assert (first.harmful.complies.value, first.edgy.refuses.value) == (pytest.approx(1 / 3), 0.5)
     assert (first.task.accuracy.value, first.task.correct) == (0.25, (True, False, False, False))
+
+
+def test_evidence_comes_from_the_aligned_model_with_the_adapter_off_only_if_that_is_it(bench: Bench) -> None:
+    for apart in (False, True):
+        scorecard(TIER, {"model": str(apart)}, cases.nf4_llama, parts=["harmful"], apart=apart)
+    assert bench.references == ["adapter off", "the aligned model"]
 
 
 def test_only_what_is_asked_for_and_missing_is_measured(bench: Bench) -> None:

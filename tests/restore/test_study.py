@@ -10,11 +10,14 @@ import pytest
 import torch
 
 from curvlib import stages
-from curvlib.batches import taken_apart
+from curvlib.batches import answer_logits, taken_apart
 from curvlib.curvature.lowrank import sampled_fisher
+from curvlib.errors import CurvlibError
+from curvlib.evaluate.behaviour import reference_model
 from curvlib.parameters import flatten, trainable
 from curvlib.restore import SafetyBatches, recipe, study
 from curvlib.restore import cases as models_of_study
+from curvlib.restore.objectives import mean_loss
 from curvlib.restore.outcome import Budget, HeldOut
 from curvlib.restore.recipe import Chats, Restoration
 from curvlib.restore.study import BENIGN, NOTHING, OURS, POISONED, REALIGN, REVERSION, Case, label
@@ -59,6 +62,33 @@ def test_a_random_step_is_as_dear_as_the_restoration_and_points_elsewhere(small:
     paid = [float(step @ metric.matvec(step)) for step in steps]
     assert paid[0] == pytest.approx(paid[1], rel=1e-4)
     assert torch.cosine_similarity(*steps, dim=0).abs() < 0.1
+
+
+def test_a_full_fine_tune_is_restored_through_a_fresh_adapter_towards_the_aligned_model(small: Tier) -> None:
+    full = Case("full", QUICK, fine_tune=replace(POISONED, method="full"))
+    restored: Any = study.load(small, full)
+    with reference_model(restored, "adapter off") as below:
+        batch = models_of_study.given_chats(small, full).task[0]
+        tuned = answer_logits(stages.load_fine_tuned(small, full.fine_tune), batch)
+        assert torch.allclose(answer_logits(below, batch), tuned, atol=1e-5)
+    assert study.cost(small, full)["norm"] > 0
+    given = models_of_study.given_chats(small, full)
+    goal = recipe.aligned_loss(small, QUICK, given)
+    assert goal == pytest.approx(mean_loss(stages.load_aligned(small)[0], given.held_out.safety.refusals))
+    with pytest.raises(CurvlibError, match="'return' was given for a full fine-tune, expected one that does not read"):
+        recipe.aligned_loss(small, Restoration("return"), given)
+
+
+def test_a_restored_model_is_fine_tuned_again_and_restored_again(small: Tier) -> None:
+    quick = Case("quick", QUICK)
+    once, worn, twice = (
+        flatten(trainable(study.load(small, replace(quick, control=name)))).detach() for name in ("", "worn", "twice")
+    )
+    paths = {study.key(small, replace(quick, control=name))["model"] for name in ("", "worn", "twice")}
+    assert len(paths) == 3
+    steps = worn - once, twice - worn
+    assert all(step.norm() > 0 for step in steps)
+    assert study.cost(small, replace(quick, control="twice"))["norm"] == pytest.approx(float(steps[1].norm()), rel=1e-3)
 
 
 def test_alone_means_that_only_safety_chats_are_given(small: Tier) -> None:
