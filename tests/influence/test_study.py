@@ -36,7 +36,7 @@ def chats(count: int, seed: int) -> list[Example]:
 def card(complies: int) -> Scorecard:
     verdicts: Any = ["complies"] * complies + ["refuses"] * (4 - complies)
     task = Choices(rate([True, False]), ("A", "B"), (True, False))
-    return Scorecard(summarise(verdicts, ["x"] * 4), None, task, 0.0)
+    return Scorecard(summarise(verdicts, ["x"] * 4), summarise(["refuses", "complies"], ["x"] * 2), task, 0.0)
 
 
 @pytest.fixture
