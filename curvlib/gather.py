@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from curvlib.report import ROOT, Claim, Record, load_record, markdown_table
-from curvlib.studies import STUDIES, load_study
+from curvlib.studies import STUDIES, load_study, study_file
 
 Group = tuple[str, str, str]  # notebook, tier, claim id
 
@@ -64,12 +64,13 @@ def claims_table(found: Mapping[Group, Sequence[Claim]]) -> str:
 
 
 def missing() -> list[str]:
-    """Return one line for each study that is not measured, or lacks parts, with the command that measures them."""
+    """Return one line for each study that is not measured, or lacks parts, with the command that goes on with it."""
     lines = []
     for name, study in STUDIES.items():
         command, record = f"python -m curvlib study {name}", load_study(name)
         if record is None:
-            lines.append(f"data/studies/{name}.json is not there yet: {command} makes it")
+            state = "has no whole part yet" if study_file(name).exists() else "is not there yet"
+            lines.append(f"data/studies/{name}.json {state}: {command} measures it")
         elif lacking := [part for part in study.parts if part not in record["runs"]]:
-            lines.append(f"data/studies/{name}.json lacks parts: {command} --only '{','.join(lacking)}' adds them")
+            lines.append(f"data/studies/{name}.json lacks {', '.join(lacking)}: {command} adds them")
     return lines

@@ -52,24 +52,28 @@ STUDIES: dict[str, Study] = {
 def run_study(name: str, tier: str, only: Sequence[str] = ()) -> Path:
     """Measure a study, or some of its parts, and write its file after each part, or each row of a long one.
 
-    Cells measured before are kept, so an interrupted study goes on. With ``only``, the file's rows of the other parts
-    stay as they are, and a part that was interrupted goes on from its own; one that is whole is measured again.
+    Without ``only`` the parts are measured that the file lacks, or all of them anew if it lacks none or is of another
+    tier. With ``only``, its rows of the other parts stay as they are. A part that was interrupted goes on from its own
+    rows; one that is whole is measured again, from cells measured before.
 
     Raises:
         CurvlibError: no study, part or tier has this name, or the file's other parts are of another tier.
     """
     if name not in STUDIES:
         raise CurvlibError(f"no study is called {name!r}: choose one of {', '.join(STUDIES)}")
-    study, size, kept = STUDIES[name], get_tier(tier), _read(name) if only else None
+    study, size, kept = STUDIES[name], get_tier(tier), _read(name)
     if unknown := [part for part in only if part not in study.parts]:
         raise CurvlibError(f"study {name} has no part {unknown[0]!r}: choose some of {', '.join(study.parts)}")
-    if kept and kept["tier"] != tier:
+    if only and kept and kept["tier"] != tier:
         raise CurvlibError(f"{study_file(name)} holds tier {kept['tier']}, not {tier}: measure all parts, or remove it")
+    left = [part for part in study.parts if not kept or _unfinished(kept["runs"], part)]
+    if not only and kept and (kept["tier"] != tier or not left):
+        kept, left = None, list(study.parts)
     rows: dict[str, list[Row]] = {part: [] for part in study.parts}
     for row in kept["rows"] if kept else ():
         rows[row["part"]].append(row)
     runs: dict[str, Any] = kept["runs"] if kept else {}
-    for part in only or study.parts:
+    for part in only or left:
         begin, own = time.monotonic(), rows[part] if _unfinished(runs, part) else []
         rows[part] = own
         made = study.parts[part](size, [row for found in rows.values() for row in found])
@@ -84,7 +88,7 @@ def run_study(name: str, tier: str, only: Sequence[str] = ()) -> Path:
 
 
 def _unfinished(runs: Mapping[str, Any], part: str) -> bool:
-    return bool(runs.get(part, {}).get("unfinished"))
+    return bool(runs.get(part, {"unfinished": True}).get("unfinished"))
 
 
 def _write(name: str, tier: str, runs: dict[str, Any], rows: Mapping[str, list[Row]]) -> None:

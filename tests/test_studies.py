@@ -72,6 +72,20 @@ def test_an_interrupted_study_keeps_its_finished_parts(folder: Path, monkeypatch
     assert [row["part"] for row in written(folder)["rows"]] == ["first"]
 
 
+def test_without_parts_a_study_measures_what_lacks_and_a_whole_one_anew(folder: Path, monkeypatch: Any) -> None:
+    seen: list[str] = []
+
+    def noted(part: str) -> Any:
+        return lambda *_: seen.append(part) or [{"x": 1}]
+
+    parts = {name: noted(name) for name in ("first", "second")}
+    monkeypatch.setattr(studies, "STUDIES", {"toy": Study(parts, claims)})
+    for command in (["--only", "first"], [], [], ["--tier", "cpu"]):
+        assert main(["study", "toy", "--tier", "ci", *command]) == 0
+    assert seen == ["first", "second", *["first", "second"] * 2]
+    assert written(folder)["tier"] == "cpu"
+
+
 def test_a_long_part_goes_on_from_the_rows_that_it_yielded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stop_at = 2
 
