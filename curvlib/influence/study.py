@@ -104,7 +104,8 @@ def datamodeling_rows(tier: Tier, found: Sequence[Row]) -> list[Row]:
     """Return for each method and damping its linear datamodeling score on the 4-bit model, with its cost.
 
     Scores of every query are compared query by query; ``mean`` is the score on the mean of the queries, which is all
-    that iterative solvers are asked for.
+    that iterative solvers are asked for. ``gain`` and ``mean_gain`` are what each is above the plain dot product of
+    gradients, on the same subsets.
 
     Raises:
         CurvlibError: the part ``subsets`` is not whole.
@@ -117,14 +118,20 @@ def datamodeling_rows(tier: Tier, found: Sequence[Row]) -> list[Row]:
     methods += [Method(name) for name in (*ITERATIVE, *BASELINES)]
     scored = recipes.scores(tier, recipe, methods)
     losses = torch.tensor([runs[number] for number in range(len(chosen))], dtype=torch.float64).T
+    plain, mean_loss = scored["dot product"].values.double(), losses.mean(dim=0)[None]
     rows = []
     for method in methods:
         scores = scored[method.label]
         values = scores.values.double()
-        mean = validate.datamodeling_score(values.mean(dim=0)[None], chosen, losses.mean(dim=0)[None])
-        alone = validate.datamodeling_score(values, chosen, losses) if len(values) == len(losses) else mean
+        mean, gain = validate.datamodeling_score(values.mean(dim=0)[None], chosen, mean_loss), {}
+        over = validate.datamodeling_gain(values.mean(dim=0)[None], plain.mean(dim=0)[None], chosen, mean_loss)
+        alone = mean
+        if len(values) == len(losses):
+            alone = validate.datamodeling_score(values, chosen, losses)
+            gain = validate.datamodeling_gain(values, plain, chosen, losses).columns("gain")
         head = {"method": method.name, "factor": method.factor, "label": method.label}
-        rows.append({**head, **alone.columns("lds"), **mean.columns("mean"), **scores.costs})
+        both = {**alone.columns("lds"), **gain, **mean.columns("mean"), **over.columns("mean_gain")}
+        rows.append({**head, **both, **scores.costs})
     return rows
 
 
@@ -214,7 +221,16 @@ def _datamodeling_claims(scored: Sequence[Row]) -> list[Claim]:
     statement = f"The influence of each chat ({ours['label']}) orders retrained models: linear datamodeling score"
     made = [_claim("lds", statement, one, float(null["lds_value"]), one.value > two.value)]
     statement = f"The best baseline ({other['label']}) orders them less well: linear datamodeling score"
-    return [*made, _claim("lds_best_baseline", statement, two, float(null["lds_value"]), two.value < one.value)]
+    made.append(_claim("lds_best_baseline", statement, two, float(null["lds_value"]), two.value < one.value))
+    best = max((row for row in scored if row["method"] in METHODS), key=lambda row: float(row["mean_value"]))
+    for name, words, row, head in (
+        ("lds_gain", "query by query", ours, "gain"),
+        ("lds_mean_gain", "on the mean query", best, "mean_gain"),
+    ):
+        gain = Estimate(*(row[f"{head}_{end}"] for end in ("value", "low", "high", "n")))
+        statement = f"Curvature ({row['label']}) orders them better than the dot product of gradients, {words}: by"
+        made.append(_claim(name, statement, gain, float(null[f"{head}_value"]), gain.low > 0))
+    return made
 
 
 def _removal_claims(rows: Sequence[Row]) -> list[Claim]:

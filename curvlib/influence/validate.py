@@ -76,6 +76,28 @@ def datamodeling_score(scores: Tensor, chosen: Sequence[Sequence[int]], losses: 
     Raises:
         CurvlibError: the shapes do not fit, or fewer than three subsets.
     """
+    return _estimate(_resampled(scores, chosen, losses, seed), len(chosen))
+
+
+def datamodeling_gain(
+    scores: Tensor, others: Tensor, chosen: Sequence[Sequence[int]], losses: Tensor, *, seed: int = 0
+) -> Estimate:
+    """Estimate by how much the :func:`datamodeling_score` of ``scores`` exceeds that of ``others``, on equal subsets.
+
+    Shapes, errors and cost are those of two scores; the interval resamples the subsets for both at once.
+    """
+    one, other = (_resampled(found, chosen, losses, seed) for found in (scores, others))
+    return _estimate(one - other, len(chosen))
+
+
+def _estimate(drawn: Array, n: int) -> Estimate:
+    """Return the first value with the interval of the others."""
+    low, high = np.quantile(drawn[1:], [0.025, 0.975])
+    return Estimate(float(drawn[0]), float(low), float(high), n)
+
+
+def _resampled(scores: Tensor, chosen: Sequence[Sequence[int]], losses: Tensor, seed: int) -> Array:
+    """Return the score on all subsets, then on subsets drawn anew."""
     if losses.shape != (len(scores), len(chosen)) or len(chosen) < 3:
         raise CurvlibError(
             f"scores {tuple(scores.shape)}, losses {tuple(losses.shape)} and {len(chosen)} subsets were given, "
@@ -85,9 +107,8 @@ def datamodeling_score(scores: Tensor, chosen: Sequence[Sequence[int]], losses: 
     measured = losses.double().numpy()
     generator = np.random.default_rng(seed)
     draws = generator.integers(len(chosen), size=(RESAMPLES // 4, len(chosen)))
-    found = [float(rank_correlations(predicted[:, draw], measured[:, draw]).mean()) for draw in draws]
-    low, high = np.quantile(found, [0.025, 0.975])
-    return Estimate(float(rank_correlations(predicted, measured).mean()), float(low), float(high), len(chosen))
+    every = np.arange(len(chosen))
+    return np.array([rank_correlations(predicted[:, draw], measured[:, draw]).mean() for draw in (every, *draws)])
 
 
 def rank_correlations(first: ArrayLike, second: ArrayLike) -> Array:

@@ -109,6 +109,8 @@ def test_the_study_runs_and_claims_what_its_rows_say(tiny: Tier, monkeypatch: py
         "loo_spearman_transformer",
         "lds",
         "lds_best_baseline",
+        "lds_gain",
+        "lds_mean_gain",
         "poison_auroc",
         "removal_compliance_gap_points",
     ]
@@ -117,6 +119,8 @@ def test_the_study_runs_and_claims_what_its_rows_say(tiny: Tier, monkeypatch: py
     scored = [row for row in rows if row["part"] == "datamodeling"]
     assert all(-1.001 <= row["lds_low"] <= row["lds_high"] <= 1.001 and abs(row["lds_value"]) < 1.001 for row in scored)
     assert {"random", "embedding", "cg", "fisher"} <= {row["label"] for row in scored}
+    assert {row["mean_gain_value"] for row in scored if row["label"] == "dot product"} == {0.0}
+    assert {row["label"] for row in scored if "gain_value" not in row} == {"cg", "lbfgs", "neumann"}
     benign = [row for row in rows if row["part"] == "removal" and row["poison"] == 0]
     assert "clean fine-tune" not in {row["removed"] for row in benign}
     assert all("auroc_value" not in row for row in benign)

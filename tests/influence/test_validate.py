@@ -86,6 +86,17 @@ def test_the_datamodeling_score_is_one_for_an_additive_loss_and_about_zero_for_n
         validate.datamodeling_score(scores, chosen[:2], losses[:, :2])
 
 
+def test_a_gain_is_the_difference_of_two_scores_and_nothing_over_oneself() -> None:
+    scores, chosen = cases.random(3, 20), validate.subsets(20, 60)
+    losses, noise = torch.stack([scores[:, part].sum(dim=1) for part in chosen], dim=1), cases.random(3, 20, seed=9)
+    found = validate.datamodeling_gain(scores, noise, chosen, losses)
+    apart = [validate.datamodeling_score(values, chosen, losses).value for values in (scores, noise)]
+    assert found.value == pytest.approx(apart[0] - apart[1])
+    assert 0 < found.low <= found.value <= found.high
+    same = validate.datamodeling_gain(scores, scores, chosen, losses)
+    assert (same.low, same.value, same.high) == (0, 0, 0)
+
+
 def test_auroc_counts_pairs_and_ties_half() -> None:
     assert validate.auroc([5, 1, 4, 2, 3], FLAGS).value == 1
     assert validate.auroc([1, 1, 1, 1, 1], FLAGS).value == 0.5
