@@ -16,9 +16,11 @@ from curvlib.influence import recipe, toys
 from curvlib.influence.gradients import BATCH_SIZE
 from curvlib.influence.inverse import RULE, damping_by_rule
 from curvlib.influence.study import POISON, RIDGE
+from curvlib.influence.validate import subsets
 from curvlib.parameters import flatten, trainable
 from curvlib.progress import bar
 from curvlib.stages import FineTune
+from curvlib.studies import load_study
 from curvlib.tiers import Tier, get_tier
 from tests import cases
 
@@ -115,9 +117,18 @@ def by_rule(seen: Sequence[Example]) -> Callable[[nn.Module], float]:
 
 
 def retrained(tier: Tier, tuned: FineTune, chosen: Sequence[Sequence[int]]) -> Tensor:
-    """Return the compliance losses (m, M) after training on each subset: stages that the influence study shares."""
-    found = [recipe.query_losses(tier, tuned, part) for part in bar(chosen, desc="subsets")]
+    """Return the compliance losses (m, M) after training on each subset: the influence study's, or made as there."""
+    known = study_losses(tier)
+    found = [known.get(tuple(part)) or recipe.query_losses(tier, tuned, part) for part in bar(chosen, desc="subsets")]
     return torch.tensor(found, dtype=torch.float64).T
+
+
+def study_losses(tier: Tier) -> dict[tuple[int, ...], list[float]]:
+    """Return subset -> losses of the retrainings in the committed influence study, if it is of this tier."""
+    record = load_study("influence")
+    rows = record["rows"] if record and record["tier"] == tier.name else []
+    chosen = subsets(tier.tune_examples, tier.influence_subsets)
+    return {tuple(chosen[row["subset"]]): row["losses"] for row in rows if row["part"] == "subsets"}
 
 
 def dequantised(model: nn.Module) -> nn.Module:
