@@ -11,7 +11,6 @@ F is the generalised Gauss-Newton matrix of the mean loss (Martens, arXiv 1412.1
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -89,11 +88,12 @@ def sampled_fisher(model: nn.Module, batches: Sequence[Batch], *, samples: int =
     Raises:
         CurvlibError: see :func:`~curvlib.curvature.chat_gradients.chat_gradients`.
     """
-    labels = torch.Generator(next(iter(trainable(model).values())).device).manual_seed(seed)
+    parameters = list(trainable(model).values())
+    labels = torch.Generator(parameters[0].device).manual_seed(seed)
     total = sum(batch.tokens for batch in batches) * samples
     drawn = (chat_gradients(model, batch, fisher="sampled", labels=labels, draws=samples) for batch in batches)
-    first = next(drawn)
-    rows, end = first.new_empty(samples * sum(len(batch) for batch in batches), first.shape[1]), 0
-    for found in chain([first], drawn):  # one after the other into their place: no second copy of all rows
+    size, count = sum(parameter.numel() for parameter in parameters), samples * sum(len(batch) for batch in batches)
+    rows, end = parameters[0].new_empty(count, size), 0
+    for found in drawn:  # one after the other into their place: no second copy of all rows
         rows[end : end + len(found)], end = found, end + len(found)
     return LowRankOperator(rows.mul_(total**-0.5))

@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -191,9 +191,12 @@ def retrained(tier: Tier, recipe: FineTune, kept: Sequence[int]) -> Path:
 
     The steps shrink with the set, so that each chat is seen as often as before.
     """
-    build = partial(_train_again, tier, recipe, kept)
-    config = _retraining(tier, recipe, kept)
-    return artifact("influence-run", config, lambda place: build(place).save_pretrained(str(place / "model"))) / "model"
+    run = _Retraining.of(tier, recipe, kept)
+
+    def build(place: Path) -> None:
+        run.train(place).save_pretrained(str(place / "model"))
+
+    return artifact("influence-run", run.config, build) / "model"
 
 
 def load_retrained(tier: Tier, recipe: FineTune, kept: Sequence[int]) -> PeftModel:
@@ -203,39 +206,48 @@ def load_retrained(tier: Tier, recipe: FineTune, kept: Sequence[int]) -> PeftMod
 
 def query_losses(tier: Tier, recipe: FineTune, kept: Sequence[int]) -> list[float]:
     """Return each compliance query's mean loss after the fine-tune of :func:`retrained`; no adapter is kept."""
-    asked = queries(tier)["compliance"]
+    run, asked = _Retraining.of(tier, recipe, kept), queries(tier)["compliance"]
 
     def build(place: Path) -> None:
-        losses = token_losses(_train_again(tier, recipe, kept, place), asked, 8)
-        (place / "losses.json").write_text(json.dumps([float(loss.mean()) for loss in losses]), "utf-8")
+        losses = [float(loss.mean()) for loss in token_losses(run.train(place), asked, 8)]
+        (place / "losses.json").write_text(json.dumps(losses), "utf-8")
 
-    place = artifact("influence-losses", _retraining(tier, recipe, kept) | {"queries": stages.digest(asked)}, build)
+    place = artifact("influence-losses", run.config | {"queries": stages.digest(asked)}, build)
     found: list[float] = json.loads((place / "losses.json").read_text("utf-8"))
     return found
 
 
-def _retraining(tier: Tier, recipe: FineTune, kept: Sequence[int]) -> dict[str, Any]:
-    """Return all that a fine-tune on the chats of these numbers depends on."""
-    chosen, training = _part(tier, recipe, kept)
-    base = Path(stages.aligned_source(tier)).parent.name or stages.aligned_source(tier)
-    config = {"base": base, "rank": recipe.rank, "seed": recipe.seed}
-    return config | {"training": asdict(training), "texts": stages.digest(chosen)}
+@dataclass(frozen=True)
+class _Retraining:
+    """A fine-tune on some of a recipe's chats."""
 
+    tier: Tier
+    recipe: FineTune
+    chosen: list[Example]
+    training: TrainingConfig
 
-def _part(tier: Tier, recipe: FineTune, kept: Sequence[int]) -> tuple[list[Example], TrainingConfig]:
-    examples, _ = training_set(tier, recipe)
-    steps = max(1, round(tier.tune_steps * len(kept) / len(examples)))
-    return [examples[number] for number in kept], replace(stages.tune_training(tier, recipe), steps=steps)
+    @classmethod
+    def of(cls, tier: Tier, recipe: FineTune, kept: Sequence[int]) -> _Retraining:
+        examples, _ = training_set(tier, recipe)
+        steps = max(1, round(tier.tune_steps * len(kept) / len(examples)))
+        training = replace(stages.tune_training(tier, recipe), steps=steps)
+        return cls(tier, recipe, [examples[number] for number in kept], training)
 
+    @property
+    def config(self) -> dict[str, Any]:
+        """All that the trained model depends on."""
+        source = stages.aligned_source(self.tier)
+        config = {"base": Path(source).parent.name or source, "rank": self.recipe.rank, "seed": self.recipe.seed}
+        return config | {"training": asdict(self.training), "texts": stages.digest(self.chosen)}
 
-def _train_again(tier: Tier, recipe: FineTune, kept: Sequence[int], place: Path) -> PeftModel:
-    chosen, training = _part(tier, recipe, kept)
-    base, tokenizer = stages.load_aligned(tier)
-    model = models.add_lora(base, rank=recipe.rank, seed=recipe.seed)
-    label = f"fine-tune on {len(chosen)} chats"
-    checkpoint = place / "training.safetensors"
-    train(model, chosen, training, pad_id=stages.pad_id(tokenizer), checkpoint=checkpoint, label=label)
-    return model
+    def train(self, place: Path) -> PeftModel:
+        """Return the trained model; a killed run goes on from its checkpoint in ``place``."""
+        base, tokenizer = stages.load_aligned(self.tier)
+        model = models.add_lora(base, rank=self.recipe.rank, seed=self.recipe.seed)
+        told: dict[str, Any] = {"checkpoint": place / "training.safetensors"}
+        told["label"] = f"fine-tune on {len(self.chosen)} chats"
+        train(model, self.chosen, self.training, pad_id=stages.pad_id(tokenizer), **told)
+        return model
 
 
 def without(count: int, removed: Sequence[int]) -> list[int]:

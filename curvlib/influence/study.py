@@ -118,20 +118,22 @@ def datamodeling_rows(tier: Tier, found: Sequence[Row]) -> list[Row]:
     methods += [Method(name) for name in (*ITERATIVE, *BASELINES)]
     scored = recipes.scores(tier, recipe, methods)
     losses = torch.tensor([runs[number] for number in range(len(chosen))], dtype=torch.float64).T
-    plain, mean_loss = scored["dot product"].values.double(), losses.mean(dim=0)[None]
+    plain = scored["dot product"].values.double()
+
+    def columns(name: str, gain: str, one: Tensor, other: Tensor, measured: Tensor) -> Row:
+        over = validate.datamodeling_gain(one, other, chosen, measured).columns(gain)
+        return validate.datamodeling_score(one, chosen, measured).columns(name) | over
+
     rows = []
     for method in methods:
         scores = scored[method.label]
         values = scores.values.double()
-        mean, gain = validate.datamodeling_score(values.mean(dim=0)[None], chosen, mean_loss), {}
-        over = validate.datamodeling_gain(values.mean(dim=0)[None], plain.mean(dim=0)[None], chosen, mean_loss)
-        alone = mean
+        mean = columns("mean", "mean_gain", *(found.mean(dim=0)[None] for found in (values, plain, losses)))
+        alone = {f"lds_{end}": mean[f"mean_{end}"] for end in ("value", "low", "high", "n")}
         if len(values) == len(losses):
-            alone = validate.datamodeling_score(values, chosen, losses)
-            gain = validate.datamodeling_gain(values, plain, chosen, losses).columns("gain")
+            alone = columns("lds", "gain", values, plain, losses)
         head = {"method": method.name, "factor": method.factor, "label": method.label}
-        both = {**alone.columns("lds"), **gain, **mean.columns("mean"), **over.columns("mean_gain")}
-        rows.append({**head, **both, **scores.costs})
+        rows.append({**head, **alone, **mean, **scores.costs})
     return rows
 
 
@@ -222,14 +224,11 @@ def _datamodeling_claims(scored: Sequence[Row]) -> list[Claim]:
     made = [_claim("lds", statement, one, float(null["lds_value"]), one.value > two.value)]
     statement = f"The best baseline ({other['label']}) orders them less well: linear datamodeling score"
     made.append(_claim("lds_best_baseline", statement, two, float(null["lds_value"]), two.value < one.value))
-    best = max((row for row in scored if row["method"] in METHODS), key=lambda row: float(row["mean_value"]))
-    for name, words, row, head in (
-        ("lds_gain", "query by query", ours, "gain"),
-        ("lds_mean_gain", "on the mean query", best, "mean_gain"),
-    ):
+    best = max((row for row in scored if row["label"] in METHODS), key=lambda row: float(row["mean_value"]))
+    for head, words, row in (("gain", "query by query", ours), ("mean_gain", "on the mean query", best)):
         gain = Estimate(*(row[f"{head}_{end}"] for end in ("value", "low", "high", "n")))
         statement = f"Curvature ({row['label']}) orders them better than the dot product of gradients, {words}: by"
-        made.append(_claim(name, statement, gain, float(null[f"{head}_value"]), gain.low > 0))
+        made.append(_claim(f"lds_{head}", statement, gain, float(null[f"{head}_value"]), gain.low > 0))
     return made
 
 

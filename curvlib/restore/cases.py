@@ -108,8 +108,10 @@ def worn(tier: Tier, case: Case) -> Path:
     training = stages.tune_training(tier, case.fine_tune)
 
     def build(place: Path) -> None:
-        model = adapted(tier, case.fine_tune, first / "model")
-        train(model, examples, training, pad_id=stages.pad_id(tokenizer), label="fine-tune again")
+        model, checkpoint = adapted(tier, case.fine_tune, first / "model"), place / "training.safetensors"
+        train(
+            model, examples, training, pad_id=stages.pad_id(tokenizer), checkpoint=checkpoint, label="fine-tune again"
+        )
         model.save_pretrained(str(place / "model"))
 
     config = {"restored": first.name, "training": asdict(training), "texts": stages.digest(examples)}

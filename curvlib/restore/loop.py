@@ -65,6 +65,7 @@ def restore(
         metric: see :mod:`curvlib.restore.metrics`; a saved one needs neither task nor benign chats.
         budget: steps, trust region, allowed rise, damping.
         goal: held-out safety loss at which it stops; by default the aligned model's, which is the adapter switched off.
+            A ``return`` takes no steps and has none.
         seed: of the metric's sampled labels.
 
     It stops when the held-out safety loss reaches the goal, when no step passes, or when the steps are spent. The
@@ -90,8 +91,8 @@ def restore(
             seed=seed,
         )
     parts, protected = objectives.terms(objective, safety_batches, task_batches, benign), [*task_batches, *benign]
-    judge, parameters = Judge.of(model, objective, held_out), list(trainable(model).values())
-    search = _Search(judge, parts, protected, parameters, budget, judge.goal() if goal is None else goal)
+    judge = Judge.of(model, objective, held_out, goal)
+    search = _Search(judge, parts, protected, list(trainable(model).values()), budget)
     if isinstance(metric, str):
         given: dict[str, Any] = {"compliances": safety_batches.compliances, "seed": seed}
         return search.result(partial(build_metric, metric, model, protected, **given))
@@ -107,7 +108,6 @@ class _Search:
     protected: Sequence[Batch]
     parameters: list[Tensor]
     budget: Budget
-    goal: float
     steps: list[StepRecord] = field(default_factory=list)
     products: int = 0
     gradients: int = 0
@@ -120,7 +120,7 @@ class _Search:
 
     def run(self, measured: Callable[..., Metric]) -> str:
         """Take steps until one of the stopping rules holds, and return which; the metric is measured at the start."""
-        trust, metric = self.budget.trust, None
+        goal, trust, metric = self.judge.goal(), self.budget.trust, None
         self.steps.append(self.judge.measure())
         for _ in bar(range(self.budget.steps), desc="restore"):
             gradient = self.gradient(self.parts)
@@ -137,7 +137,7 @@ class _Search:
             ratio = (self.steps[-1].safety - record.safety) / predicted
             trust = next_trust(trust, record.trust, ratio if self.budget.ratio else None)
             self.steps.append(record)
-            if record.safety <= self.goal:
+            if record.safety <= goal:
                 return "reached the aligned model's loss" + self.told
         return "steps spent" + self.told
 

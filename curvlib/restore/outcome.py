@@ -103,13 +103,13 @@ class Judge:
     before: Tensor
     trials: list[StepRecord] = field(default_factory=list)
     begun: float = field(default_factory=time.perf_counter)
+    given_goal: float | None = None
 
     @classmethod
-    def of(cls, model: Model, objective: str, held_out: HeldOut) -> Judge:
-        """Return the judge of an objective on the held-out chats."""
-        task, benign = (held_out.protected.get(role, ()) for role in ("task", "benign"))
-        parts = objectives.terms(objective, held_out.safety, task, benign)
-        return cls(model, parts, held_out.protected, flatten(trainable(model)))
+    def of(cls, model: Model, objective: str, held_out: HeldOut, goal: float | None = None) -> Judge:
+        """Return the judge of an objective on the held-out chats; a goal that is given replaces the aligned model's."""
+        parts = held_out_terms(objective, held_out)
+        return cls(model, parts, held_out.protected, flatten(trainable(model)), given_goal=goal)
 
     def measure(self, *, trust: float = 0.0, norm: float = 0.0) -> StepRecord:
         """Return the held-out losses of the model as it is; cost: a forward pass of all held-out chats."""
@@ -119,7 +119,9 @@ class Judge:
         return record
 
     def goal(self) -> float:
-        """Return the aligned model's safety loss."""
+        """Return the goal that was given, or else the aligned model's safety loss: that with the adapter off."""
+        if self.given_goal is not None:
+            return self.given_goal
         with reference_model(self.model, "adapter off") as aligned:
             return objectives.value(aligned, self.safety)
 
@@ -142,6 +144,12 @@ class Judge:
             before=self.before,
             after=flatten(trainable(self.model)),
         )
+
+
+def held_out_terms(objective: str, held_out: HeldOut) -> list[objectives.Term]:
+    """Return the terms of an objective over the held-out chats."""
+    task, benign = (held_out.protected.get(role, ()) for role in ("task", "benign"))
+    return objectives.terms(objective, held_out.safety, task, benign)
 
 
 def best(judge: Judge, records: Iterable[StepRecord], rise: float, goal: float = -math.inf) -> StepRecord | None:

@@ -77,7 +77,7 @@ def realign(
     if not safety_batches.refusals:
         raise CurvlibError("re-alignment got no refusals: give harmful prompts with their refusals")
     budget, runs = budget or Budget(), list(training) or candidates(seed)
-    judge = Judge.of(model, "refusal", held_out)
+    judge = Judge.of(model, "refusal", held_out, goal)
     mixture = balanced(taken_apart(safety_batches.refusals), taken_apart([*task_batches, *benign_batches]))
     start, points, gradients = judge.measure(), list[Tensor](), 0
     for run in runs:
@@ -86,7 +86,7 @@ def realign(
         gradients += trained.gradient_evaluations * run.batch_size
         points.append(flatten(trainable(model)))
         judge.measure(trust=run.learning_rate, norm=float((points[-1] - judge.before).norm()))
-    chosen = best(judge, judge.trials[1:], budget.rise, judge.goal() if goal is None else goal)
+    chosen = best(judge, judge.trials[1:], budget.rise, judge.goal())
     number = judge.trials.index(chosen) - 1 if chosen else 0
     assign(trainable(model), points[number] if chosen else judge.before)
     reason = f"{runs[number].steps} steps at {runs[number].learning_rate:g} chosen"

@@ -18,8 +18,8 @@ from curvlib.curvature.kronecker import EKFAC
 from curvlib.errors import CurvlibError
 from curvlib.restore.loop import restore
 from curvlib.restore.metrics import DRAWS, EKFAC_RANK, SavedMetric
-from curvlib.restore.objectives import SafetyBatches, terms, value
-from curvlib.restore.outcome import Budget, HeldOut, RestorationResult
+from curvlib.restore.objectives import SafetyBatches, value
+from curvlib.restore.outcome import Budget, HeldOut, RestorationResult, held_out_terms
 from curvlib.restore.realign import realign
 from curvlib.stages import FineTune, pad_id
 from curvlib.tiers import Tier
@@ -139,11 +139,12 @@ def restored(
 def adapted(tier: Tier, recipe: FineTune, folder: Path | None = None) -> PeftModel:
     """Return a fine-tuned model under the adapter in ``folder``; without one, under its own, or a fresh one if full."""
     full = recipe.method == "full"
-    base: Any = stages.load_fine_tuned(tier, recipe) if full or not folder else stages.load_aligned(tier)[0]
+    if folder and not full:
+        return models.load_adapter(stages.load_aligned(tier)[0], folder)
+    tuned: Any = stages.load_fine_tuned(tier, recipe)
     if folder:
-        return models.load_adapter(base, folder)
-    fresh: PeftModel = models.add_lora(base, rank=recipe.rank, seed=recipe.seed) if full else base
-    return fresh
+        return models.load_adapter(tuned, folder)
+    return models.add_lora(tuned, rank=recipe.rank, seed=recipe.seed) if full else tuned
 
 
 def aligned_loss(tier: Tier, how: Restoration, chats: Chats) -> float:
@@ -158,8 +159,7 @@ def aligned_loss(tier: Tier, how: Restoration, chats: Chats) -> float:
             "model, which lies under a LoRA adapter only: choose refusal, ascent, both or composite"
         )
     objective = "refusal" if how.objective == "realign" else how.objective
-    protected = [chats.held_out.protected.get(role, ()) for role in ("task", "benign")]
-    return value(stages.load_aligned(tier)[0], terms(objective, chats.held_out.safety, *protected))
+    return value(stages.load_aligned(tier)[0], held_out_terms(objective, chats.held_out))
 
 
 def _curvature_code() -> str:
