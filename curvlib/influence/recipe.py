@@ -20,6 +20,7 @@ from curvlib import models, stages
 from curvlib.artifacts import artifact, code_digest
 from curvlib.batches import Example
 from curvlib.curvature import chat_gradients as chat_gradients_module
+from curvlib.defenses.layers import multiply_adapter
 from curvlib.evaluate.behaviour import excerpt
 from curvlib.evaluate.likelihood import token_losses
 from curvlib.finetune import TrainingConfig, train
@@ -35,6 +36,7 @@ DIRECT = ("fisher", "ekfac")  # inverses that serve every query at once
 ITERATIVE = ("cg", "lbfgs", "neumann")  # solved for the mean query alone
 BASELINES = ("dot product", "cosine", "gradient norm", "loss", "embedding", "random")
 PRODUCTS = 10  # most products of an iterative solve
+HALF = 0.5  # of the adapter: a point on the way, where what was learned by its end still has a gradient
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Method:
 
 
 MAIN = tuple(Method(name) for name in ("fisher", *BASELINES))
+HALFWAY = tuple(Method(name) for name in ("fisher", "dot product", "cosine"))
 
 
 @dataclass(frozen=True)
@@ -101,8 +104,23 @@ def prompt_excerpts(tier: Tier, examples: Sequence[Example]) -> list[str]:
     return [excerpt(text.removeprefix(head).partition(tail.strip())[0]) for text in texts]
 
 
-def scores(tier: Tier, recipe: FineTune, methods: Sequence[Method] = MAIN) -> dict[str, Scores]:
+def all_scores(tier: Tier, recipe: FineTune) -> dict[str, Scores]:
+    """Return the :data:`MAIN` scores at the fine-tuned model, and the :data:`HALFWAY` ones as ``NAME, half way``."""
+    halfway = scores(tier, recipe, HALFWAY, strength=HALF)
+    return scores(tier, recipe) | {f"{label}, half way": found for label, found in halfway.items()}
+
+
+def scores(
+    tier: Tier, recipe: FineTune, methods: Sequence[Method] = MAIN, *, strength: float = 1.0
+) -> dict[str, Scores]:
     """Return label -> influence of every training chat on harmful compliance at the fine-tuned model, made once.
+
+    Args:
+        tier: sizes.
+        recipe: the fine-tune.
+        methods: ways to score.
+        strength: factor of the adapter's change of the weights, 1 at the end of training. Below 1 the gradients are
+            those of a model on the way there, as if TracIn (arXiv 2002.08484) had kept that checkpoint.
 
     Cost: one gradient of all chats, written to disk meanwhile, and for each method its curvature (see
     :func:`curvlib.influence.inverse.build_inverse`).
@@ -112,6 +130,7 @@ def scores(tier: Tier, recipe: FineTune, methods: Sequence[Method] = MAIN) -> di
     config = {
         "fine_tuned": stages.fine_tuned(tier, recipe).parent.name,
         "texts": stages.digest([*examples, *asked]),
+        **({"strength": strength} if strength != 1 else {}),
         "methods": [asdict(method) for method in methods],
         "curvature": tier.influence_curvature,
         "code": _code(),
@@ -119,6 +138,7 @@ def scores(tier: Tier, recipe: FineTune, methods: Sequence[Method] = MAIN) -> di
 
     def build(place: Path) -> None:
         model = stages.load_fine_tuned(tier, recipe)
+        multiply_adapter(model, lambda _: strength)
         store = place / "gradients"
         store.mkdir(exist_ok=True)
         rows = example_gradients(model, examples, folder=store)

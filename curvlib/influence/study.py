@@ -30,7 +30,7 @@ SEEDS = (0, 1, 2)
 RIDGE = 0.03  # of the toy transformer's objective, and so the damping of every method there
 FACTORS = (0.01, 0.1, 1.0)  # of the damping rule
 POISON = 0.1
-TRAINED = ("fisher", "random")  # rankings without whose highest chats every fine-tune is made again
+TRAINED = ("fisher", "fisher, half way", "random")  # rankings without whose highest chats every fine-tune is made again
 
 
 def convex_rows(seeds: Sequence[int] = SEEDS) -> list[Row]:
@@ -105,7 +105,7 @@ def datamodeling_rows(tier: Tier, found: Sequence[Row]) -> list[Row]:
 
     Scores of every query are compared query by query; ``mean`` is the score on the mean of the queries, which is all
     that iterative solvers are asked for. ``gain`` and ``mean_gain`` are what each is above the plain dot product of
-    gradients, on the same subsets.
+    gradients, on the same subsets. Rows called ``half way`` take all gradients at half the adapter.
 
     Raises:
         CurvlibError: the part ``subsets`` is not whole.
@@ -125,14 +125,17 @@ def datamodeling_rows(tier: Tier, found: Sequence[Row]) -> list[Row]:
         return validate.datamodeling_score(one, chosen, measured).columns(name) | over
 
     rows = []
-    for method in methods:
-        scores = scored[method.label]
+    asked = [(method, method.label, scored[method.label]) for method in methods]
+    early = [*recipes.HALFWAY, Method("ekfac")]
+    found_early = recipes.scores(tier, recipe, early, strength=recipes.HALF)
+    asked += [(method, f"{method.label}, half way", found_early[method.label]) for method in early]
+    for method, label, scores in asked:
         values = scores.values.double()
         mean = columns("mean", "mean_gain", *(found.mean(dim=0)[None] for found in (values, plain, losses)))
         alone = {f"lds_{end}": mean[f"mean_{end}"] for end in ("value", "low", "high", "n")}
         if len(values) == len(losses):
             alone = columns("lds", "gain", values, plain, losses)
-        head = {"method": method.name, "factor": method.factor, "label": method.label}
+        head = {"method": method.name, "factor": method.factor, "label": label}
         rows.append({**head, **alone, **mean, **scores.costs})
     return rows
 
@@ -156,7 +159,7 @@ def removal_rows(tier: Tier, recipe: FineTune, known: Sequence[str] = ()) -> Ite
         known: rankings to leave out.
     """
     examples, poisoned = recipes.training_set(tier, recipe)
-    count, found = round(POISON * tier.tune_examples), recipes.scores(tier, recipe)
+    count, found = round(POISON * tier.tune_examples), recipes.all_scores(tier, recipe)
     if "nothing" not in known:
         yield _behaviour_row("nothing", recipe, stage_scorecard(tier, recipe))
     if recipe.poison and "clean fine-tune" not in known:
@@ -214,7 +217,7 @@ def _transformer_claims(rows: Sequence[Row]) -> list[Claim]:
 
 
 def _datamodeling_claims(scored: Sequence[Row]) -> list[Claim]:
-    baselines = [row for row in scored if row["method"] in BASELINES]
+    baselines = [row for row in scored if row["label"] in BASELINES]
     # The damping rule was fixed before the retrainings, so the headline takes it, not the best of a sweep.
     ours = max((row for row in scored if row["label"] in DIRECT), key=lambda row: float(row["lds_value"]))
     other = max(baselines, key=lambda row: float(row["lds_value"]))
@@ -235,14 +238,16 @@ def _datamodeling_claims(scored: Sequence[Row]) -> list[Claim]:
 def _removal_claims(rows: Sequence[Row]) -> list[Claim]:
     poisoned = [row for row in rows if row["poison"] > 0]
     by = {name: [row for row in poisoned if row["removed"] == name] for name in {row["removed"] for row in poisoned}}
-    ours, null = by["fisher"], by["random"]
-    found = bootstrap([row["auroc_value"] for row in ours])
-    control = float(np.mean([row["auroc_value"] for row in null]))
-    statement = "Influence on harmful compliance finds the poison: area under the ROC curve of at least 0.95"
-    made = [_claim("poison_auroc", statement, found, control, found.value >= 0.95)]
-    gap, random_gap = (_gap(by[name], by["clean fine-tune"]) for name in ("fisher", "random"))
-    statement = "Without the chats ranked highest, harmful compliance is within 5 points of the clean fine-tune: points"
-    return [*made, _claim("removal_compliance_gap_points", statement, gap, random_gap.value, gap.value <= 5)]
+    made = []
+    for where, name, end in (("", "fisher", ""), (" half way along the adapter", "fisher, half way", "_half_way")):
+        found = bootstrap([row["auroc_value"] for row in by[name]])
+        control = float(np.mean([row["auroc_value"] for row in by["random"]]))
+        statement = f"Influence{where} finds the poison: area under the ROC curve of at least 0.95"
+        made.append(_claim(f"poison_auroc{end}", statement, found, control, found.value >= 0.95))
+        gap, random_gap = (_gap(by[whose], by["clean fine-tune"]) for whose in (name, "random"))
+        statement = f"Without the chats it ranks highest{where}, compliance is within 5 points of the clean fine-tune"
+        made.append(_claim(f"removal_compliance_gap_points{end}", statement, gap, random_gap.value, gap.value <= 5))
+    return made
 
 
 def _gap(rows: Sequence[Row], clean: Sequence[Row]) -> Estimate:

@@ -19,6 +19,7 @@ from curvlib.evaluate.scorecard import Scorecard
 from curvlib.evaluate.utility import Choices
 from curvlib.influence import recipe, study
 from curvlib.influence.recipe import Method
+from curvlib.parameters import trainable
 from curvlib.stages import FineTune
 from curvlib.tiers import Tier, get_tier
 from tests import cases
@@ -26,6 +27,7 @@ from tests.landscape.tiny import aligned
 
 TIER = replace(get_tier("ci"), tune_examples=12, tune_steps=4, influence_curvature=6, influence_subsets=4)
 TUNED = FineTune(poison=0.25, rank=2)
+BOTH = ("dot product", "cosine")
 
 
 def chats(count: int, seed: int) -> list[Example]:
@@ -72,6 +74,25 @@ def test_scores_are_made_once_and_leave_no_gradients(tiny: Tier, tmp_path: Path,
     assert torch.equal(recipe.scores(tiny, TUNED, methods)["cg"].values, found["cg"].values)
 
 
+def test_half_way_scores_are_those_of_the_adapter_at_half_its_strength(tiny: Tier, monkeypatch: Any) -> None:
+    found = recipe.all_scores(tiny, TUNED)
+    assert list(found) == ["fisher", *recipe.BASELINES, *(f"{name}, half way" for name in ("fisher", *BOTH))]
+
+    def halved(*_: Any) -> Any:
+        model = cases.nf4_llama()
+        for name, parameter in trainable(model).items():
+            if "lora_B" in name:
+                parameter.data.mul_(0.5)
+        return model
+
+    monkeypatch.setattr(stages, "load_fine_tuned", halved)
+    monkeypatch.setattr(stages, "fine_tuned", lambda *_: Path("halved/model"))
+    at_the_end = recipe.scores(tiny, TUNED)
+    for name in ("fisher", *BOTH):
+        assert torch.equal(found[f"{name}, half way"].values, at_the_end[name].values)
+        assert not torch.allclose(found[name].values, at_the_end[name].values)
+
+
 def test_a_retrained_model_saw_its_part_alone_and_is_kept(tiny: Tier, monkeypatch: Any) -> None:
     seen: list[Any] = []
     train = recipe.train
@@ -113,6 +134,8 @@ def test_the_study_runs_and_claims_what_its_rows_say(tiny: Tier, monkeypatch: py
         "lds_mean_gain",
         "poison_auroc",
         "removal_compliance_gap_points",
+        "poison_auroc_half_way",
+        "removal_compliance_gap_points_half_way",
     ]
     assert by["loo_spearman_convex"].holds
     assert by["removal_compliance_gap_points"].value == 0  # the stand-ins comply as often as the clean one
