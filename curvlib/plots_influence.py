@@ -78,6 +78,53 @@ def roc(suspicions: Mapping[str, ArrayLike], poisoned: ArrayLike) -> Figure:
     return drawn
 
 
+def end_against_half_way(end: ArrayLike, half_way: ArrayLike, poisoned: ArrayLike, unit: str = "nats") -> Figure:
+    """Draw each example's influence at the end of training against that half way there, poison in red.
+
+    Args:
+        end: influence at the fine-tuned model.
+        half_way: influence at half the adapter, in the same order.
+        poisoned: which examples are poison.
+        unit: of both.
+    """
+    drawn, (axes,) = figure(width=6.0, height=4.0)
+    flags = np.asarray(poisoned, dtype=bool)
+    for kind, colour, name in ((~flags, BLUE, "clean"), (flags, RED, "poisoned")):
+        axes.plot(np.asarray(end)[kind], np.asarray(half_way)[kind], "o", c=colour, ms=5, alpha=0.7, label=name)
+    axes.axhline(0, color=BLACK, lw=0.8)
+    axes.axvline(0, color=BLACK, lw=0.8)
+    axes.set(xlabel=f"influence at the end of training, {unit}", ylabel=f"influence half way, {unit}")
+    axes.set_title("Poison lowers the loss of agreeing: which point sees it?")
+    axes.legend(fontsize=10)
+    return drawn
+
+
+def areas_by_seed(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draw the area under the ROC curve of each ranking, a mark and an interval a seed.
+
+    Args:
+        rows: each with ``removed``, the ranking's name, ``seed``, and ``auroc_value``, ``_low`` and ``_high``.
+    """
+    names, seeds = (list(dict.fromkeys(row[key] for row in rows)) for key in ("removed", "seed"))
+    drawn, (axes,) = figure(width=7.6, height=1.4 + 0.36 * len(names))
+    for number, seed in enumerate(seeds):
+        own = [row for row in rows if row["seed"] == seed]
+        values = np.array([float(row["auroc_value"]) for row in own])
+        ends = np.array([[float(row["auroc_low"]), float(row["auroc_high"])] for row in own]).T
+        heights = [names.index(row["removed"]) + 0.22 * (number - (len(seeds) - 1) / 2) for row in own]
+        lengths = np.abs(ends - values)
+        axes.errorbar(
+            values, heights, xerr=lengths, ls="", marker=MARKERS[number], c=CYCLE[number], label=f"seed {seed}"
+        )
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.axvline(0.5, color=BLACK, lw=1, ls=":")
+    axes.axvline(0.95, color="#999999", lw=1, ls="--")
+    axes.set(xlabel="area under the ROC curve; dotted: chance, dashed: 0.95", xlim=(0, 1.02))
+    drawn.legend(loc="outside right upper", fontsize=10)
+    return drawn
+
+
 def token_bars(values: Mapping[str, Sequence[float]], tokens: Mapping[str, Sequence[str]]) -> Figure:
     """Draw the influence of each answer token, one panel an example."""
     drawn, axes = figure(len(values), width=9.6)

@@ -52,6 +52,24 @@ def test_a_perfect_ranking_goes_up_first() -> None:
     np.testing.assert_allclose(lines["bad"], [[0, 0], [50, 0], [100, 0], [100, 50], [100, 100]])
 
 
+def test_poison_has_its_own_dots_on_both_axes() -> None:
+    lines = series(plots.end_against_half_way([1, -2, 3], [4, -5, 6], [False, True, False]).axes[0])
+    assert lines["poisoned"].tolist() == [[-2, -5]]
+    assert lines["clean"].tolist() == [[1, 4], [3, 6]]
+
+
+def test_every_seed_has_its_area_on_its_rankings_line() -> None:
+    rows = [
+        {"removed": name, "seed": seed, "auroc_value": area, "auroc_low": area - 0.1, "auroc_high": area + 0.05}
+        for name, seed, area in (("influence", 0, 0.9), ("random", 0, 0.5), ("influence", 1, 0.7), ("random", 1, 0.4))
+    ]
+    (axes,) = plots.areas_by_seed(rows).axes
+    marks = [container.lines[0].get_xydata() for container in axes.containers]
+    assert [mark[:, 0].tolist() for mark in marks] == [[0.9, 0.5], [0.7, 0.4]]
+    assert [np.rint(mark[:, 1]).tolist() for mark in marks] == [[0, 1], [0, 1]]
+    assert tick_labels(axes.get_yticklabels()) == ["influence", "random"]
+
+
 def test_tokens_and_models_have_their_bars() -> None:
     (axes,) = plots.token_bars({"chat": [1.0, -2.0]}, {"chat": ["Sure", ","]}).axes
     assert [bar.get_height() for bar in axes.patches] == [1, -2]

@@ -137,7 +137,7 @@ def scores(
     }
 
     def build(place: Path) -> None:
-        model = stages.load_fine_tuned(tier, recipe)
+        model: Any = stages.load_fine_tuned(tier, recipe)
         multiply_adapter(model, lambda _: strength)
         store = place / "gradients"
         store.mkdir(exist_ok=True)
