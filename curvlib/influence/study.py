@@ -30,6 +30,7 @@ SEEDS = (0, 1, 2)
 RIDGE = 0.03  # of the toy transformer's objective, and so the damping of every method there
 FACTORS = (0.01, 0.1, 1.0)  # of the damping rule
 POISON = 0.1
+SHOWN = 5  # benign chats of highest rank whose first words a row keeps
 TRAINED = ("fisher", "fisher, half way", "random")  # rankings without whose highest chats every fine-tune is made again
 
 
@@ -151,7 +152,8 @@ def all_removal_rows(tier: Tier, found: Sequence[Row] = ()) -> Iterator[Row]:
 def removal_rows(tier: Tier, recipe: FineTune, known: Sequence[str] = ()) -> Iterator[Row]:
     """Yield one row a ranking: how it finds the poison, and the model trained without what it ranks highest.
 
-    Trained again are :data:`TRAINED` rankings, and all of them once, with poison at the first seed.
+    Trained again are :data:`TRAINED` rankings, and all of them once, with poison at the first seed. A benign set is
+    ranked at the end of training alone, and its rows hold the first words of the chats ranked ``highest``.
 
     Args:
         tier: sizes; as many chats are removed as a poisoned fine-tune has poisoned ones.
@@ -159,7 +161,8 @@ def removal_rows(tier: Tier, recipe: FineTune, known: Sequence[str] = ()) -> Ite
         known: rankings to leave out.
     """
     examples, poisoned = recipes.training_set(tier, recipe)
-    count, found = round(POISON * tier.tune_examples), recipes.all_scores(tier, recipe)
+    count, scored = round(POISON * tier.tune_examples), recipes.all_scores if recipe.poison else recipes.scores
+    found = scored(tier, recipe)
     if "nothing" not in known:
         yield _behaviour_row("nothing", recipe, stage_scorecard(tier, recipe))
     if recipe.poison and "clean fine-tune" not in known:
@@ -171,8 +174,11 @@ def removal_rows(tier: Tier, recipe: FineTune, known: Sequence[str] = ()) -> Ite
         if recipe.poison:
             row = validate.auroc(scores.suspicion, poisoned).columns("auroc")
             row["precision"] = validate.precision_at(scores.suspicion, poisoned, count)
+        highest = validate.most_suspicious(scores.suspicion, count)
+        if not recipe.poison:
+            row["highest"] = recipes.prompt_excerpts(tier, [examples[number] for number in highest[:SHOWN]])
         if label in TRAINED or recipe.seed == 0:
-            kept = recipes.without(len(examples), validate.most_suspicious(scores.suspicion, count))
+            kept = recipes.without(len(examples), highest)
             row = {**row, **_behaviour_row(label, recipe, removed_scorecard(tier, recipe, kept))}
         yield {"removed": label, "poison": recipe.poison, "seed": recipe.seed, **row}
 

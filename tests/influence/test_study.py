@@ -54,6 +54,7 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tier:
     monkeypatch.setattr(models, "load_tokenizer", lambda _: None)
     asked = {"compliance": chats(2, 1), "refusal": chats(2, 2), "task": chats(2, 3)}
     monkeypatch.setattr(recipe, "queries", lambda _: asked)
+    monkeypatch.setattr(recipe, "prompt_excerpts", lambda _, examples: ["some words"] * len(examples))
     monkeypatch.setattr(study, "stage_scorecard", lambda _, how: card(3 if how.poison else 1))
     monkeypatch.setattr(study, "scorecard", lambda *_: card(1))
     return TIER
@@ -147,6 +148,7 @@ def test_the_study_runs_and_claims_what_its_rows_say(tiny: Tier, monkeypatch: py
     benign = [row for row in rows if row["part"] == "removal" and row["poison"] == 0]
     assert "clean fine-tune" not in {row["removed"] for row in benign}
     assert all("auroc_value" not in row for row in benign)
+    assert {len(row["highest"]) for row in benign if row["removed"] != "nothing"} == {study.SHOWN}
 
 
 def test_long_parts_go_on_from_the_rows_that_are_there(tiny: Tier) -> None:
