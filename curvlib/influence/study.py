@@ -238,7 +238,10 @@ def _datamodeling_claims(scored: Sequence[Row]) -> list[Claim]:
         gain = Estimate(*(row[f"{head}_{end}"] for end in ("value", "low", "high", "n")))
         statement = f"Curvature ({row['label']}) orders them better than the dot product of gradients, {words}: by"
         made.append(_claim(f"lds_{head}", statement, gain, float(null[f"{head}_value"]), gain.low > 0))
-    return made
+    half, plain = (next(row for row in scored if row["label"] == f"{m}, half way") for m in ("fisher", "dot product"))
+    gain = Estimate(*(half[f"gain_{end}"] for end in ("value", "low", "high", "n")))
+    statement = "Influence (fisher) half way along the adapter orders them better than the dot product at its end: by"
+    return [*made, _claim("lds_half_way_gain", statement, gain, float(plain["gain_value"]), gain.low > 0)]
 
 
 def _removal_claims(rows: Sequence[Row]) -> list[Claim]:

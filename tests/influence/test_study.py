@@ -133,6 +133,7 @@ def test_the_study_runs_and_claims_what_its_rows_say(tiny: Tier, monkeypatch: py
         "lds_best_baseline",
         "lds_gain",
         "lds_mean_gain",
+        "lds_half_way_gain",
         "poison_auroc",
         "removal_compliance_gap_points",
         "poison_auroc_half_way",
@@ -148,7 +149,7 @@ def test_the_study_runs_and_claims_what_its_rows_say(tiny: Tier, monkeypatch: py
     benign = [row for row in rows if row["part"] == "removal" and row["poison"] == 0]
     assert "clean fine-tune" not in {row["removed"] for row in benign}
     assert all("auroc_value" not in row for row in benign)
-    assert {len(row["highest"]) for row in benign if row["removed"] != "nothing"} == {study.SHOWN}
+    assert [row["highest"] for row in benign if row["removed"] != "nothing"] == [["some words"]] * 2  # a tenth of 12
 
 
 def test_long_parts_go_on_from_the_rows_that_are_there(tiny: Tier) -> None:
