@@ -94,6 +94,7 @@ def end_against_half_way(end: ArrayLike, half_way: ArrayLike, poisoned: ArrayLik
     axes.axhline(0, color=BLACK, lw=0.8)
     axes.axvline(0, color=BLACK, lw=0.8)
     axes.set(xlabel=f"influence at the end of training, {unit}", ylabel=f"influence half way, {unit}")
+    axes.locator_params(axis="x", nbins=6)
     axes.set_title("Poison lowers the loss of agreeing: which point sees it?")
     axes.legend(fontsize=10)
     return drawn
