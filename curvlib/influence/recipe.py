@@ -105,13 +105,12 @@ def prompt_excerpts(tier: Tier, examples: Sequence[Example]) -> list[str]:
 
 
 def all_scores(tier: Tier, recipe: FineTune) -> dict[str, Scores]:
-    """Return the :data:`MAIN` scores at the fine-tuned model, and the :data:`HALFWAY` ones as ``NAME, half way``."""
-    halfway = scores(tier, recipe, HALFWAY, strength=HALF)
-    return scores(tier, recipe) | {f"{label}, half way": found for label, found in halfway.items()}
+    """Return the :data:`MAIN` scores at the fine-tuned model, and the :data:`HALFWAY` ones half way there."""
+    return scores(tier, recipe) | scores(tier, recipe, HALFWAY, halfway=True)
 
 
 def scores(
-    tier: Tier, recipe: FineTune, methods: Sequence[Method] = MAIN, *, strength: float = 1.0
+    tier: Tier, recipe: FineTune, methods: Sequence[Method] = MAIN, *, halfway: bool = False
 ) -> dict[str, Scores]:
     """Return label -> influence of every training chat on harmful compliance at the fine-tuned model, made once.
 
@@ -119,8 +118,8 @@ def scores(
         tier: sizes.
         recipe: the fine-tune.
         methods: ways to score.
-        strength: factor of the adapter's change of the weights, 1 at the end of training. Below 1 the gradients are
-            those of a model on the way there, as if TracIn (arXiv 2002.08484) had kept that checkpoint.
+        halfway: take all gradients at half the adapter's change of the weights, as if TracIn (arXiv 2002.08484) had
+            kept that checkpoint; labels then end in ``, half way``.
 
     Cost: one gradient of all chats, written to disk meanwhile, and for each method its curvature (see
     :func:`curvlib.influence.inverse.build_inverse`).
@@ -130,7 +129,7 @@ def scores(
     config = {
         "fine_tuned": stages.fine_tuned(tier, recipe).parent.name,
         "texts": stages.digest([*examples, *asked]),
-        **({"strength": strength} if strength != 1 else {}),
+        **({"strength": HALF} if halfway else {}),
         "methods": [asdict(method) for method in methods],
         "curvature": tier.influence_curvature,
         "code": _code(),
@@ -138,7 +137,8 @@ def scores(
 
     def build(place: Path) -> None:
         model: Any = stages.load_fine_tuned(tier, recipe)
-        multiply_adapter(model, lambda _: strength)
+        if halfway:
+            multiply_adapter(model, lambda _: HALF)
         store = place / "gradients"
         store.mkdir(exist_ok=True)
         rows = example_gradients(model, examples, folder=store)
@@ -154,8 +154,10 @@ def scores(
 
     folder = artifact("influence-scores", config, build)
     values, costs = load_file(folder / "scores.safetensors"), json.loads((folder / "costs.json").read_text("utf-8"))
-    labels = [method.label for method in methods]
-    return {label: Scores(values[label], costs[label], values.get(f"{label}/direction")) for label in labels}
+    labels, where = [method.label for method in methods], ", half way" if halfway else ""
+    return {
+        f"{label}{where}": Scores(values[label], costs[label], values.get(f"{label}/direction")) for label in labels
+    }
 
 
 @dataclass(frozen=True)

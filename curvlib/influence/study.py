@@ -117,7 +117,8 @@ def datamodeling_rows(tier: Tier, found: Sequence[Row]) -> list[Row]:
         raise CurvlibError(f"{len(runs)} of {len(chosen)} retrainings were made: measure the part 'subsets' first")
     methods = [Method(name, factor) for name in DIRECT for factor in FACTORS]
     methods += [Method(name) for name in (*ITERATIVE, *BASELINES)]
-    scored = recipes.scores(tier, recipe, methods)
+    early = [*recipes.HALFWAY, Method("ekfac")]
+    scored = recipes.scores(tier, recipe, methods) | recipes.scores(tier, recipe, early, halfway=True)
     losses = torch.tensor([runs[number] for number in range(len(chosen))], dtype=torch.float64).T
     plain = scored["dot product"].values.double()
 
@@ -126,11 +127,7 @@ def datamodeling_rows(tier: Tier, found: Sequence[Row]) -> list[Row]:
         return validate.datamodeling_score(one, chosen, measured).columns(name) | over
 
     rows = []
-    asked = [(method, method.label, scored[method.label]) for method in methods]
-    early = [*recipes.HALFWAY, Method("ekfac")]
-    found_early = recipes.scores(tier, recipe, early, strength=recipes.HALF)
-    asked += [(method, f"{method.label}, half way", found_early[method.label]) for method in early]
-    for method, label, scores in asked:
+    for method, (label, scores) in zip([*methods, *early], scored.items(), strict=True):
         values = scores.values.double()
         mean = columns("mean", "mean_gain", *(found.mean(dim=0)[None] for found in (values, plain, losses)))
         alone = {f"lds_{end}": mean[f"mean_{end}"] for end in ("value", "low", "high", "n")}
