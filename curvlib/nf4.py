@@ -11,6 +11,8 @@ differentiating bitsandbytes' own backward (``create_graph=True``) keeps every d
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
@@ -148,3 +150,27 @@ def install(model: nn.Module) -> Handle:
         _unpack(layer)
         vars(layer)[_slot(layer)] = MethodType(_forward, layer)
     return Handle(layers)
+
+
+@contextmanager
+def bfloat16_products(model: nn.Module) -> Iterator[None]:
+    """Multiply by the model's 4-bit weights in bfloat16 inside the ``with`` block, where its CPU has that instruction.
+
+    A product is summed in float32 and rounded to bfloat16 (relative error 0.4 %); all else keeps its dtype. About twice
+    as fast for each product on AVX512-BF16 or AMX. On other processors, where it would be slower, and on CUDA, where
+    ``load_model`` chooses bfloat16 itself, nothing changes. First derivatives only: a curvature product needs float32.
+    """
+    layers = list(four_bit_layers(model).values()) if _multiplies_bfloat16() else []
+    chosen = [(layer, layer.compute_dtype) for layer in layers if layer.weight.device.type == "cpu"]
+    for layer, _ in chosen:
+        layer.compute_dtype = torch.bfloat16
+    try:
+        yield
+    finally:
+        for layer, dtype in chosen:
+            layer.compute_dtype = dtype
+
+
+def _multiplies_bfloat16() -> bool:
+    found = torch.cpu.get_capabilities()
+    return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16"))

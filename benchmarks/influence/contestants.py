@@ -12,7 +12,7 @@ from benchmarks.influence.work import Score, Work
 from curvlib.influence.gradients import example_gradients, query_gradients
 from curvlib.influence.inverse import build_inverse
 from curvlib.influence.scores import influence
-from curvlib.nf4 import four_bit_layers
+from curvlib.nf4 import bfloat16_products, four_bit_layers
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,10 @@ class Contestant:
 
 def ours(method: str, model: nn.Module, work: Work) -> Tensor:
     """Score with curvlib: gradients on disk in bfloat16, the inverse applied to each query."""
-    rows = example_gradients(model, work.examples, folder=work.folder)
+    with bfloat16_products(model):
+        rows, wanted = example_gradients(model, work.examples, folder=work.folder), query_gradients(model, work.queries)
     inverse = build_inverse(method, model, work.seen, damping=work.damping)
-    return influence(rows, query_gradients(model, work.queries), inverse).float().cpu()
+    return influence(rows, wanted, inverse).float().cpu()
 
 
 PEERS: tuple[tuple[str, str, Score], ...] = (

@@ -176,11 +176,12 @@ def visit_maps(
     Each of the ``draws`` of labels visits every map once; all share one forward pass.
     """
     seen: set[str] = set()
-    parameters = list(trainable(model).values())
+    sources: list[Tensor] = []  # what the others depend on: asked for these alone, autograd forms no weight's gradient
     counted = _reaches_answer(batch).to(labels.device)
 
     def tap(name: str, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         if output.requires_grad:
+            sources.extend([] if args[0].requires_grad else [output])
             output.register_hook(partial(receive, name, args[0].detach()))
 
     def receive(name: str, a: Tensor, g: Tensor) -> None:
@@ -196,7 +197,7 @@ def visit_maps(
         for draw in range(draws):
             seen.clear()
             given, keep = _residual(logits, batch, fisher, labels), draw + 1 < draws
-            torch.autograd.grad(logits, parameters, given, allow_unused=True, retain_graph=keep)
+            torch.autograd.grad(logits, sources, given, allow_unused=True, retain_graph=keep)
     finally:
         for hook in hooks:
             hook.remove()

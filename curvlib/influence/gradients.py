@@ -22,6 +22,7 @@ from curvlib.parameters import trainable
 from curvlib.progress import bar
 
 BATCH_SIZE = 8
+ANSWER_STEP = 16  # answers whose lengths differ by less share a batch: finer, the chats' own lengths would differ more
 Shard = tuple[Tensor, Tensor]
 
 
@@ -125,11 +126,18 @@ def loss_gradient(model: nn.Module, loss: Callable[[], Tensor]) -> Tensor:
 
 
 def in_batches(examples: Sequence[Example], size: int) -> Iterator[tuple[list[int], Batch]]:
-    """Yield batches of chats of like length, each with the numbers of its chats."""
-    order = sorted(range(len(examples)), key=lambda number: len(examples[number].input_ids))
+    """Yield batches of chats with answers of like length, then of like length, each with the numbers of its chats.
+
+    The head reads as many positions of every chat as the longest answer of its batch has tokens.
+    """
+    order = sorted(range(len(examples)), key=lambda number: _lengths(examples[number]))
     for start in range(0, len(order), size):
         index = order[start : start + size]
         yield index, make_batches([examples[number] for number in index], size, pad_id=0)[0]  # padding is masked
+
+
+def _lengths(example: Example) -> tuple[int, int]:
+    return -(-example.tokens // ANSWER_STEP), len(example.input_ids)
 
 
 def check_examples(model: nn.Module, examples: Sequence[Example], what: str) -> None:

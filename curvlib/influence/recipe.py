@@ -29,6 +29,7 @@ from curvlib.influence import inverse as inverse_module
 from curvlib.influence import scores as scores_module
 from curvlib.influence.gradients import example_gradients, query_gradients
 from curvlib.influence.inverse import RULE, build_inverse
+from curvlib.nf4 import bfloat16_products
 from curvlib.stages import FineTune
 from curvlib.tiers import Tier
 
@@ -141,9 +142,10 @@ def scores(
             multiply_adapter(model, lambda _: HALF)
         store = place / "gradients"
         store.mkdir(exist_ok=True)
-        rows = example_gradients(model, examples, folder=store)
+        with bfloat16_products(model):
+            rows, wanted = example_gradients(model, examples, folder=store), query_gradients(model, asked)
         seen = examples[:: max(1, len(examples) // tier.influence_curvature)][: tier.influence_curvature]
-        work = _Work(model, examples, asked, rows, query_gradients(model, asked), seen, recipe.seed)
+        work = _Work(model, examples, asked, rows, wanted, seen, recipe.seed)
         found = {method.label: work.score(method) for method in methods}
         shutil.rmtree(store)  # a gigabyte at full size, and the scores are what is wanted
         tensors = {label: scored.values.contiguous() for label, scored in found.items()}
