@@ -135,6 +135,26 @@ def test_install_is_reversible_repeatable_and_survives_a_copy() -> None:
     assert nf4.install(nn.Linear(2, 2)).layers == []
 
 
+@pytest.mark.parametrize("able", [True, False])
+def test_bfloat16_products_round_within_the_block_only_where_the_cpu_can(
+    able: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    linear, x = layer(), random(3, 64).float().requires_grad_()
+    exact = linear(x)
+    exact_grad = torch.autograd.grad(exact.sum(), x)[0]
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": able})
+
+    with nf4.bfloat16_products(nn.Sequential(linear)):
+        rounded = linear(x)
+        rounded_grad = torch.autograd.grad(rounded.sum(), x)[0]
+
+    low, high = (1e-4, 2e-2) if able else (-1, 1e-12)
+    assert rounded.dtype == torch.float32
+    assert low < relative_error(rounded, exact) < high
+    assert low < relative_error(rounded_grad, exact_grad) < high
+    assert torch.equal(linear(x), exact)
+
+
 def test_hooks_of_accelerate_stay_in_place() -> None:
     parent = nn.Sequential(nn.Linear(64, 64))
     quantise(parent)

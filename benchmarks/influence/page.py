@@ -47,8 +47,10 @@ def table(rows: list[Row]) -> str:
 
 
 def verdict(rows: list[Row]) -> str:
-    """Return where a peer did better than curvlib's best, or that none did."""
+    """Return where a peer did better than curvlib's best, that none did, or that none ran."""
     done = [row for row in rows if not row["error"]]
+    if all(row["package"] == "curvlib" for row in done):
+        return "No peer ran.\n"
     found = []
     for quantity, key, sign in (("time", "seconds", 1), ("peak memory", "peak_memory_mb", 1), ("LDS", "lds", -1)):
         values = [(row, sign * (row[key][0] if key == "lds" else row[key])) for row in done if row[key] is not None]

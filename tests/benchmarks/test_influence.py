@@ -140,5 +140,7 @@ def test_an_interrupted_run_keeps_its_rows_and_the_page_tells_them(
     assert "old" not in text
     assert text.count("fails: OSError: a/b") == 1
     assert "A peer did better: peer (b) in time, 1 against 2." in text
-    assert page.verdict([asdict(row) for row in rows()[:2]]) == "No peer that ran did better.\n"
+    ours, failed, quick = (asdict(row) for row in rows())
+    assert page.verdict([ours, failed]) == "No peer ran.\n"
+    assert page.verdict([ours, {**quick, "seconds": 3.0}]) == "No peer that ran did better.\n"
     assert run.keys([asdict(rows()[0])], "curvlib", own_size=False)["seconds_64x1000"] is None
