@@ -31,7 +31,7 @@ class Contestant:
 
 
 def ours(method: str, model: nn.Module, work: Work) -> Tensor:
-    """Score with curvlib: gradients on disk in bfloat16, 4-bit weights multiplied in it, the inverse applied to each query."""
+    """Score with curvlib: chats' gradients in bfloat16, the inverse applied to each query."""
     with bfloat16_products(model):
         rows, wanted = example_gradients(model, work.examples, folder=work.folder), query_gradients(model, work.queries)
     inverse = build_inverse(method, model, work.seen, damping=work.damping)
