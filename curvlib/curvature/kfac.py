@@ -181,7 +181,10 @@ def visit_maps(
 
     def tap(name: str, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         if output.requires_grad:
-            sources.extend([] if args[0].requires_grad else [output])
+            if not args[0].requires_grad:
+                sources.append(output)
+            elif not sources:  # the embeddings are made to require a gradient: all maps depend on what the first reads
+                sources.append(args[0])
             output.register_hook(partial(receive, name, args[0].detach()))
 
     def receive(name: str, a: Tensor, g: Tensor) -> None:

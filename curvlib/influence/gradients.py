@@ -130,14 +130,12 @@ def in_batches(examples: Sequence[Example], size: int) -> Iterator[tuple[list[in
 
     The head reads as many positions of every chat as the longest answer of its batch has tokens.
     """
-    order = sorted(range(len(examples)), key=lambda number: _lengths(examples[number]))
+    lengths = [len(example.input_ids) for example in examples]
+    answers = [(example.tokens - 1) // ANSWER_STEP for example in examples]
+    order = sorted(range(len(examples)), key=lambda number: (answers[number], lengths[number]))
     for start in range(0, len(order), size):
-        index = order[start : start + size]
+        index = sorted(order[start : start + size], key=lengths.__getitem__)  # the order that a batch puts them in
         yield index, make_batches([examples[number] for number in index], size, pad_id=0)[0]  # padding is masked
-
-
-def _lengths(example: Example) -> tuple[int, int]:
-    return -(-example.tokens // ANSWER_STEP), len(example.input_ids)
 
 
 def check_examples(model: nn.Module, examples: Sequence[Example], what: str) -> None:

@@ -21,6 +21,13 @@ def test_each_row_is_the_gradient_of_one_chat() -> None:
             assert cases.relative_error(row, alone) < 1e-5
 
 
+def test_rows_are_the_same_where_the_embeddings_are_made_to_require_a_gradient() -> None:
+    model, batch = cases.nf4_llama(), cases.batches(2)[0]
+    rows = chat_gradients(model, batch)
+    model.enable_input_require_grads()
+    assert torch.equal(chat_gradients(model, batch), rows)
+
+
 def test_sampled_answers_change_with_their_generator_alone() -> None:
     model, batch = cases.pair()[0], cases.batches(2)[0]
     drawn = [

@@ -38,6 +38,13 @@ def test_rows_are_the_gradients_of_single_chats_in_the_order_given(batch_size: i
     assert cases.relative_error(query_gradients(model, CHATS, batch_size=batch_size), exact) < 1e-5
 
 
+def test_rows_keep_their_chats_where_a_batch_holds_answers_of_unlike_length() -> None:
+    model, twin = cases.pair()
+    long, short = (4, 2, 9, 6, 3, 8, 1, 7, 5, 2, *range(1, 21)), (3, 8, 1, 7, 5, 2, 9, 4, 6, 1, 2, 3, 5, *[7] * 25)
+    chats = [Example(long, (*[IGNORED] * 10, *long[10:])), Example(short, (*[IGNORED] * 36, *short[36:])), *CHATS]
+    assert cases.relative_error(query_gradients(model, chats), one_by_one(twin, chats)) < 1e-5
+
+
 def test_rows_add_up_to_the_gradient_of_the_mean_loss() -> None:
     model, _ = cases.pair()
     ((_, whole),) = in_batches(CHATS, len(CHATS))
