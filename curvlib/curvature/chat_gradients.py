@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from curvlib.batches import Batch
-from curvlib.curvature.kfac import Fisher, flat_places, homogeneous, linear_maps, trains_bias, visit_maps
+from curvlib.curvature.kfac import Fisher, chat_products, flat_places, linear_maps, trains_bias, visit_maps
 from curvlib.parameters import trainable
 
 
@@ -49,7 +49,7 @@ def chat_gradients(
 
     def visit(name: str, a: Tensor, g: Tensor, _: Tensor) -> None:
         layer = maps[name]
-        found = g.mT @ homogeneous(layer, a)
+        found = chat_products(layer, a, g)
         pieces = [(layer.weight, found[..., : layer.in_features])]
         if trains_bias(layer):
             pieces.append((layer.bias, found[..., -1]))

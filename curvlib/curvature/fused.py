@@ -21,7 +21,7 @@ in which every sum is the last step of a matrix product. The same is done for :m
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -38,21 +38,25 @@ from curvlib.nf4 import is_installed, transposable_matmul
 
 NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm")  # transformers' classes of that formula
 GATED = ("LlamaMLP", "MistralMLP", "Qwen2MLP")  # those that return down(act(gate(x)) * up(x))
+Watch = Callable[[nn.Linear, Tensor, Tensor], None]
 
 
 @contextmanager
-def fused(model: nn.Module) -> Iterator[None]:
+def fused(model: nn.Module, watch: Watch | None = None) -> Iterator[None]:
     """Run the model's adapted 4-bit layers, RMS norms and gated units in closed form, inside the ``with`` block only.
 
     What has another form (dropout, DoRA, several adapters, a bias, a trained norm, 16-bit numbers) stays as it is, and
     so does a model under gradient checkpointing.
     Graphs that are made inside the block may be differentiated outside it. Only reverse mode is supported.
+
+    With ``watch``, an adapted layer's backward pass calls ``watch(map, inputs, output gradients)`` for each of LoRA's
+    two maps, with s counted among the inputs of B, and gives their weights no gradient. First derivatives only.
     """
     changed, modules = [], list(model.modules())
     if any(getattr(module, "gradient_checkpointing", False) for module in modules):
         modules = []  # what is computed again outside the block must be what it was inside
     for module in modules:
-        replacement = _replacement(module)
+        replacement = _replacement(module, watch)
         if replacement and "forward" not in vars(module):
             vars(module)["forward"] = replacement
             changed.append(module)
@@ -63,12 +67,16 @@ def fused(model: nn.Module) -> Iterator[None]:
             del vars(module)["forward"]
 
 
-def _replacement(module: nn.Module) -> Any:
+def _replacement(module: nn.Module, watch: Watch | None) -> Any:
     if type(module).__name__ in NORMS:
         return partial(_norm, module)
     if type(module).__name__ in GATED and type(module.act_fn).__name__ in ("SiLU", "SiLUActivation"):
         return partial(_gated, module)
-    return partial(_adapted, module) if isinstance(module, LoraLayer) and _is_plain(module) else None
+    if not isinstance(module, LoraLayer) or not _is_plain(module):
+        return None
+    if watch:
+        return partial(_watched, module, watch)
+    return partial(_adapted, module) if module.base_layer.compute_dtype in (None, torch.float32) else None
 
 
 def _is_plain(module: Any) -> bool:
@@ -81,18 +89,63 @@ def _is_plain(module: Any) -> bool:
     pair = (module.lora_A[name], module.lora_B[name])
     single = all(layer.bias is None and layer.weight.dtype == torch.float32 for layer in pair)
     fits = isinstance(base, Linear4bit) and is_installed(base) and base.bias is None
-    return bool(plain and single and fits and base.compute_dtype in (None, torch.float32))
+    return bool(plain and single and fits)
 
 
 def _adapted(module: Any, x: Tensor) -> Tensor:
     if x.dtype != torch.float32:
-        forward: Any = type(module).forward
-        original: Tensor = forward(module, x)
-        return original
+        return _original(module, x)
     name = module.active_adapters[0]
     weights = module.lora_A[name].weight, module.lora_B[name].weight
     y: Tensor = _Adapted.apply(x.flatten(0, -2), *weights, module.base_layer, module.scaling[name])  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], -1)
+
+
+def _original(module: Any, x: Tensor) -> Tensor:
+    forward: Any = type(module).forward
+    result: Tensor = forward(module, x)
+    return result
+
+
+def _watched(module: Any, watch: Watch, x: Tensor) -> Tensor:
+    if x.dtype != torch.float32:
+        return _original(module, x)
+    name = module.active_adapters[0]
+    pair, shape = (module.lora_A[name], module.lora_B[name]), x.shape[:-1]
+
+    def seen(*inputs_and_gradients: Tensor) -> None:
+        x, u, h, g = (tensor.reshape(*shape, -1) for tensor in inputs_and_gradients)
+        watch(pair[0], x, u)
+        watch(pair[1], h, g)
+
+    weights = (layer.weight for layer in pair)
+    y: Tensor = _Watched.apply(x.flatten(0, -2), *weights, module.base_layer, module.scaling[name], seen)  # type: ignore[no-untyped-call]
+    return y.view(*shape, -1)
+
+
+def _product(x: Tensor, layer: Linear4bit, transposed: bool) -> Tensor:
+    """Multiply by a frozen weight in the layer's own dtype; the result has that of x."""
+    return transposable_matmul(x.to(layer.compute_dtype or x.dtype), layer, transposed).to(x.dtype)
+
+
+class _Watched(torch.autograd.Function):
+    """An adapted layer that tells what LoRA's maps read and receive, and has no gradient for their weights."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, layer: Linear4bit, s: float, seen: Any) -> Tensor:
+        h = (x @ a.T).mul_(s)
+        ctx.save_for_backward(x, a, b, h)
+        ctx.rest = layer, s, seen
+        return _product(x, layer, False).addmm_(h, b.T)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (x, a, b, h), (layer, s, seen), g = ctx.saved_tensors, ctx.rest, grads[0]
+        u = (g @ b).mul_(s)
+        seen(x, u, h, g)
+        back = _product(g, layer, True).addmm_(u, a) if ctx.needs_input_grad[0] else None
+        return back, None, None, None, None, None
 
 
 class _Adapted(torch.autograd.Function):
@@ -145,9 +198,7 @@ class _AdaptedSlope(torch.autograd.Function):
 
 def _norm(module: Any, x: Tensor) -> Tensor:
     if x.dtype not in (torch.float32, torch.float64) or module.weight.requires_grad or not x.requires_grad:
-        forward: Any = type(module).forward
-        original: Tensor = forward(module, x)
-        return original
+        return _original(module, x)
     y: Tensor = _Norm.apply(x, module.weight, module.variance_epsilon)  # type: ignore[no-untyped-call]
     return y
 

@@ -45,6 +45,24 @@ def test_a_language_model_has_the_same_derivatives_and_keeps_less() -> None:
     assert not any("forward" in vars(module) and "lora" in type(module).__module__ for module in model.modules())
 
 
+def test_watched_layers_tell_what_their_maps_read_and_receive() -> None:
+    model, batch = cases.pair()[0], cases.batches()[0]
+    weights = {name: weight for name, weight in trainable(model).items() if "lora_" in name}
+    exact = torch.autograd.grad(answer_loss(model, batch), list(weights.values()))
+    found: dict[int, Tensor] = {}
+
+    def watch(layer: torch.nn.Linear, a: Tensor, g: Tensor) -> None:
+        assert id(layer.weight) not in found
+        found[id(layer.weight)] = g.flatten(0, 1).T @ a.flatten(0, 1)
+
+    with fused(model, watch):
+        loss = answer_loss(model, batch)
+    none = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+    assert all(grad is None for grad in none)
+    for weight, grad in zip(weights.values(), exact, strict=True):
+        assert cases.relative_error(found[id(weight)], grad) < 1e-5
+
+
 def test_numeric_derivatives_of_an_adapted_layer_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = cases.random(4, 5)
     product = lambda x, _, transposed=False: x @ (weight if transposed else weight.T)  # noqa: E731
