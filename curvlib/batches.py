@@ -138,6 +138,15 @@ def _collate(group: Sequence[Example], pad_id: int) -> Batch:
     )
 
 
+def spread(examples: Sequence[Example], count: int) -> list[Example]:
+    """Return ``count`` chats at even distances, from the first on, or all if there are no more.
+
+    >>> [example.input_ids[0] for example in spread([Example((n,), (n,)) for n in range(7)], 3)]
+    [0, 2, 4]
+    """
+    return list(examples[:: max(1, len(examples) // count)][:count])
+
+
 def taken_apart(batches: Iterable[Batch]) -> list[Example]:
     """Return the chats of all batches one by one, without padding."""
     return [_example(batch, row) for batch in batches for row in range(len(batch))]

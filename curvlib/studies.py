@@ -18,6 +18,7 @@ from curvlib import fetch
 from curvlib.defenses import study as methods
 from curvlib.errors import CurvlibError
 from curvlib.evaluate import study as degradation
+from curvlib.influence import claims as influence_claims
 from curvlib.influence import study as influence
 from curvlib.landscape import study as landscape
 from curvlib.report import Claim, device_name, installed_versions, write_atomically
@@ -42,7 +43,7 @@ class Study:
 
 STUDIES: dict[str, Study] = {
     "degradation": Study(degradation.PARTS, degradation.claims),
-    "influence": Study(influence.PARTS, influence.claims),
+    "influence": Study(influence.PARTS, influence_claims.claims),
     "landscape": Study(landscape.PARTS, landscape.claims),
     "methods": Study(methods.PARTS, methods.claims),
     "restoration": Study(restoration.PARTS, restoration.claims),

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from curvlib import nf4, stages
-from curvlib.batches import Example, make_batches, taken_apart
+from curvlib.batches import Example, make_batches, spread, taken_apart
 from curvlib.curvature.lowrank import sampled_fisher
-from curvlib.influence import recipe, toys
+from curvlib.influence import recipe, retraining, toys
 from curvlib.influence.gradients import BATCH_SIZE
 from curvlib.influence.inverse import RULE, damping_by_rule
 from curvlib.influence.study import POISON, RIDGE
@@ -83,7 +83,7 @@ def smollm2_nf4(device: str) -> Setup:
     tier = get_tier("gpu" if device == "cuda" else "cpu")
     tuned = FineTune(poison=POISON)
     examples, _ = recipe.training_set(tier, tuned)
-    seen = examples[:: max(1, len(examples) // tier.influence_curvature)][: tier.influence_curvature]
+    seen = spread(examples, tier.influence_curvature)
     return Setup(
         "SmolLM2-135M fine-tuned in NF4, LoRA rank 8",
         lambda: stages.load_fine_tuned(tier, tuned),
@@ -119,7 +119,9 @@ def by_rule(seen: Sequence[Example]) -> Callable[[nn.Module], float]:
 def retrained(tier: Tier, tuned: FineTune, chosen: Sequence[Sequence[int]]) -> Tensor:
     """Return the compliance losses (m, M) after training on each subset: the influence study's, or made as there."""
     known = study_losses(tier)
-    found = [known.get(tuple(part)) or recipe.query_losses(tier, tuned, part) for part in bar(chosen, desc="subsets")]
+    found = [
+        known.get(tuple(part)) or retraining.query_losses(tier, tuned, part) for part in bar(chosen, desc="subsets")
+    ]
     return torch.tensor(found, dtype=torch.float64).T
 
 

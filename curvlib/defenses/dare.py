@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from curvlib.defenses.layers import added, multiply_adapter, patch
+from curvlib.defenses.layers import added, patch
 from curvlib.defenses.method import Defended, Method, Setting
-from curvlib.landscape.directions import Direction, adapter_direction
+from curvlib.landscape.directions import Direction, adapter_direction, multiply_adapter
 
 
 def drop_and_rescale(delta: Tensor, drop: float, generator: torch.Generator) -> Tensor:

@@ -1,4 +1,4 @@
-"""Reach into adapted linear layers: read and write their factors, or put a function around them."""
+"""Put functions around adapted linear layers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-import torch
 from peft import PeftModel
 from torch import Tensor
 
@@ -57,13 +56,3 @@ def instead(function: Below) -> Around:
 def scaled(factor: float) -> Around:
     """Return the patch that multiplies a layer's output."""
     return lambda x, below: factor * below(x)
-
-
-@torch.no_grad()
-def multiply_adapter(model: PeftModel, factor: Callable[[str], float | Tensor]) -> None:
-    r"""Multiply each layer's :math:`\Delta W = s\,BA` by ``factor(name)`` from the left: a number or (out, out)."""
-    layer: Any
-    for name, layer in linear_layers(model).items():
-        if hasattr(layer, "lora_B"):
-            up, by = layer.lora_B[layer.active_adapters[0]].weight, factor(name)
-            up.copy_(by.to(up) @ up if isinstance(by, Tensor) else by * up)

@@ -8,8 +8,8 @@ In effective weights, :math:`\theta_\text{ft} = \theta_\text{base} + s\,BA`: the
 
 from __future__ import annotations
 
-from curvlib.defenses.layers import multiply_adapter
 from curvlib.defenses.method import Defended, Method, Setting
+from curvlib.landscape.directions import multiply_adapter
 
 
 def linear(setting: Setting, share: float) -> Defended:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from curvlib.defenses.layers import multiply_adapter
 from curvlib.defenses.method import Defended, Method, Setting
+from curvlib.landscape.directions import multiply_adapter
 
 
 def undefended(setting: Setting) -> Defended:

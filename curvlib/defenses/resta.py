@@ -14,9 +14,9 @@ from dataclasses import replace
 
 from curvlib.batches import taken_apart
 from curvlib.defenses.dare import thinned
-from curvlib.defenses.layers import added, multiply_adapter, patch
+from curvlib.defenses.layers import added, patch
 from curvlib.defenses.method import Defended, Method, Setting
-from curvlib.landscape.directions import adapter_direction
+from curvlib.landscape.directions import adapter_direction, multiply_adapter
 
 TWIN_STEPS = 10  # the twin then agrees to every harmful request of the budget
 

@@ -12,9 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from curvlib.defenses.layers import multiply_adapter
 from curvlib.defenses.method import Defended, Method, Setting
-from curvlib.landscape.directions import adapter_direction
+from curvlib.landscape.directions import adapter_direction, multiply_adapter
 
 
 def projector(v: Tensor) -> Tensor:

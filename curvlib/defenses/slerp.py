@@ -16,9 +16,9 @@ import math
 import torch
 from torch import Tensor
 
-from curvlib.defenses.layers import multiply_adapter, patch, scaled
+from curvlib.defenses.layers import patch, scaled
 from curvlib.defenses.method import Defended, Method, Setting
-from curvlib.landscape.directions import adapter_direction, effective_weight, linear_layers
+from curvlib.landscape.directions import adapter_direction, effective_weight, linear_layers, multiply_adapter
 
 FLAT = 1e-6  # radians: below, both coefficients agree with the linear ones to rounding
 

@@ -1,4 +1,4 @@
-"""Influence at a tier: the fine-tune that is asked about, the queries, scores and retrainings as cached stages."""
+"""Influence at a tier: the fine-tune that is asked about, the queries and scores, as cached stages."""
 
 from __future__ import annotations
 
@@ -6,29 +6,26 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from curvlib import models, stages
 from curvlib.artifacts import artifact, code_digest
-from curvlib.batches import Example
+from curvlib.batches import Example, spread
 from curvlib.curvature import chat_gradients as chat_gradients_module
-from curvlib.defenses.layers import multiply_adapter
 from curvlib.evaluate.behaviour import excerpt
-from curvlib.evaluate.likelihood import token_losses
-from curvlib.finetune import TrainingConfig, train
 from curvlib.influence import gradients as gradients_module
 from curvlib.influence import inverse as inverse_module
 from curvlib.influence import scores as scores_module
 from curvlib.influence.gradients import example_gradients, query_gradients
 from curvlib.influence.inverse import RULE, build_inverse
+from curvlib.landscape.directions import multiply_adapter
 from curvlib.nf4 import bfloat16_products
 from curvlib.stages import FineTune
 from curvlib.tiers import Tier
@@ -144,7 +141,7 @@ def scores(
         store.mkdir(exist_ok=True)
         with bfloat16_products(model):
             rows, wanted = example_gradients(model, examples, folder=store), query_gradients(model, asked)
-        seen = examples[:: max(1, len(examples) // tier.influence_curvature)][: tier.influence_curvature]
+        seen = spread(examples, tier.influence_curvature)
         work = _Work(model, examples, asked, rows, wanted, seen, recipe.seed)
         found = {method.label: work.score(method) for method in methods}
         shutil.rmtree(store)  # a gigabyte at full size, and the scores are what is wanted
@@ -208,80 +205,6 @@ class _Work:
             "random": lambda: torch.randn(n, generator=torch.Generator().manual_seed(self.seed)),
         }
         return alike[name]().expand(m, -1)
-
-
-def retrained(tier: Tier, recipe: FineTune, kept: Sequence[int]) -> Path:
-    """Return the adapter (peft format) of a fine-tune on the chats of these numbers alone.
-
-    The steps shrink with the set, so that each chat is seen as often as before.
-    """
-    run = _Retraining.of(tier, recipe, kept)
-
-    def build(place: Path) -> None:
-        run.train(place).save_pretrained(str(place / "model"))
-
-    return artifact("influence-run", run.config, build) / "model"
-
-
-def load_retrained(tier: Tier, recipe: FineTune, kept: Sequence[int]) -> PeftModel:
-    """Return the model of :func:`retrained`."""
-    return models.load_adapter(stages.load_aligned(tier)[0], retrained(tier, recipe, kept))
-
-
-def query_losses(tier: Tier, recipe: FineTune, kept: Sequence[int]) -> list[float]:
-    """Return each compliance query's mean loss after the fine-tune of :func:`retrained`; no adapter is kept."""
-    run, asked = _Retraining.of(tier, recipe, kept), queries(tier)["compliance"]
-
-    def build(place: Path) -> None:
-        losses = [float(loss.mean()) for loss in token_losses(run.train(place), asked, 8)]
-        (place / "losses.json").write_text(json.dumps(losses), "utf-8")
-
-    place = artifact("influence-losses", run.config | {"queries": stages.digest(asked)}, build)
-    found: list[float] = json.loads((place / "losses.json").read_text("utf-8"))
-    return found
-
-
-@dataclass(frozen=True)
-class _Retraining:
-    """A fine-tune on some of a recipe's chats."""
-
-    tier: Tier
-    recipe: FineTune
-    chosen: list[Example]
-    training: TrainingConfig
-
-    @classmethod
-    def of(cls, tier: Tier, recipe: FineTune, kept: Sequence[int]) -> _Retraining:
-        examples, _ = training_set(tier, recipe)
-        steps = max(1, round(tier.tune_steps * len(kept) / len(examples)))
-        training = replace(stages.tune_training(tier, recipe), steps=steps)
-        return cls(tier, recipe, [examples[number] for number in kept], training)
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """All that the trained model depends on."""
-        source = stages.aligned_source(self.tier)
-        config = {"base": Path(source).parent.name or source, "rank": self.recipe.rank, "seed": self.recipe.seed}
-        return config | {"training": asdict(self.training), "texts": stages.digest(self.chosen)}
-
-    def train(self, place: Path) -> PeftModel:
-        """Return the trained model; a killed run goes on from its checkpoint in ``place``."""
-        base, tokenizer = stages.load_aligned(self.tier)
-        model = models.add_lora(base, rank=self.recipe.rank, seed=self.recipe.seed)
-        told: dict[str, Any] = {"checkpoint": place / "training.safetensors"}
-        told["label"] = f"fine-tune on {len(self.chosen)} chats"
-        train(model, self.chosen, self.training, pad_id=stages.pad_id(tokenizer), **told)
-        return model
-
-
-def without(count: int, removed: Sequence[int]) -> list[int]:
-    """Return the numbers below ``count`` that are not removed.
-
-    >>> without(4, [2, 0])
-    [1, 3]
-    """
-    gone = set(removed)
-    return [number for number in range(count) if number not in gone]
 
 
 @cache

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from curvlib.errors import CurvlibError
-from curvlib.evaluate.intervals import Estimate, bootstrap, paired_difference
 from curvlib.evaluate.scorecard import Scorecard, scorecard, stage_scorecard
 from curvlib.influence import recipe as recipes
-from curvlib.influence import validate
+from curvlib.influence import retraining, validate
 from curvlib.influence.gradients import example_gradients, query_gradients
 from curvlib.influence.inverse import METHODS, build_inverse
 from curvlib.influence.recipe import BASELINES, DIRECT, ITERATIVE, Method
@@ -21,7 +20,6 @@ from curvlib.influence.scores import cosine, influence
 from curvlib.influence.toys import Toy, fit, retrainer, toy
 from curvlib.parameters import flatten, trainable
 from curvlib.progress import bar
-from curvlib.report import Claim
 from curvlib.stages import FineTune
 from curvlib.tiers import Tier
 
@@ -97,7 +95,7 @@ def subset_rows(tier: Tier, found: Sequence[Row] = ()) -> Iterator[Row]:
     known = {row["subset"] for row in found if row["part"] == "subsets"}
     chosen = validate.subsets(tier.tune_examples, tier.influence_subsets)
     for number in bar([number for number in range(len(chosen)) if number not in known], desc="subsets"):
-        losses = recipes.query_losses(tier, FineTune(poison=POISON), chosen[number])
+        losses = retraining.query_losses(tier, FineTune(poison=POISON), chosen[number])
         yield {"subset": number, "losses": losses}
 
 
@@ -175,15 +173,15 @@ def removal_rows(tier: Tier, recipe: FineTune, known: Sequence[str] = ()) -> Ite
         if not recipe.poison:
             row["highest"] = recipes.prompt_excerpts(tier, [examples[number] for number in highest[:SHOWN]])
         if label in TRAINED or recipe.seed == 0:
-            kept = recipes.without(len(examples), highest)
+            kept = retraining.without(len(examples), highest)
             row = {**row, **_behaviour_row(label, recipe, removed_scorecard(tier, recipe, kept))}
         yield {"removed": label, "poison": recipe.poison, "seed": recipe.seed, **row}
 
 
 def removed_scorecard(tier: Tier, recipe: FineTune, kept: Sequence[int]) -> Scorecard:
     """Return the scorecard of the model trained on the chats of these numbers."""
-    key = {"model": recipes.retrained(tier, recipe, kept).parent.name}
-    return scorecard(tier, key, lambda: recipes.load_retrained(tier, recipe, kept))
+    key = {"model": retraining.retrained(tier, recipe, kept).parent.name}
+    return scorecard(tier, key, lambda: retraining.load_retrained(tier, recipe, kept))
 
 
 def _behaviour_row(removed: str, recipe: FineTune, card: Scorecard) -> Row:
@@ -196,86 +194,10 @@ def _behaviour_row(removed: str, recipe: FineTune, card: Scorecard) -> Row:
     return {**head, **rates, **card.task.accuracy.columns("task"), "verdicts": complies}
 
 
-def claims(rows: Sequence[Row]) -> list[Claim]:
-    """Return the claims of the parts that are there; each follows from the rows alone."""
-    by = {part: [row for row in rows if row["part"] == part] for part in _CLAIMS}
-    return [claim for part, own in by.items() if own for claim in _CLAIMS[part](own)]
-
-
-def _convex_claims(convex: Sequence[Row]) -> list[Claim]:
-    found = bootstrap([row["spearman"] for row in convex])
-    control = float(np.mean([row["control"] for row in convex]))
-    statement = "Influence orders exact leave-one-out effects in ridge regression, rank correlation of at least 0.95"
-    return [_claim("loo_spearman_convex", statement, found, control, found.value >= 0.95)]
-
-
-def _transformer_claims(rows: Sequence[Row]) -> list[Claim]:
-    names = dict.fromkeys(row["method"] for row in rows)
-    by_method = {name: [row["spearman"] for row in rows if row["method"] == name] for name in names}
-    best = max((name for name in by_method if name in METHODS), key=lambda name: float(np.mean(by_method[name])))
-    found = bootstrap(by_method[best])
-    statement = f"The best inverse ({best}) orders leave-one-out effects in a tiny transformer, rank correlation"
-    control = float(np.mean(by_method["identity"]))
-    return [_claim("loo_spearman_transformer", statement, found, control, found.value >= 0.9)]
-
-
-def _datamodeling_claims(scored: Sequence[Row]) -> list[Claim]:
-    baselines = [row for row in scored if row["label"] in BASELINES]
-    # The damping rule was fixed before the retrainings, so the headline takes it, not the best of a sweep.
-    ours = max((row for row in scored if row["label"] in DIRECT), key=lambda row: float(row["lds_value"]))
-    other = max(baselines, key=lambda row: float(row["lds_value"]))
-    null = next(row for row in baselines if row["method"] == "random")
-    one, two = (Estimate(*(row[f"lds_{end}"] for end in ("value", "low", "high", "n"))) for row in (ours, other))
-    statement = f"The influence of each chat ({ours['label']}) orders retrained models: linear datamodeling score"
-    made = [_claim("lds", statement, one, float(null["lds_value"]), one.value > two.value)]
-    statement = f"The best baseline ({other['label']}) orders them less well: linear datamodeling score"
-    made.append(_claim("lds_best_baseline", statement, two, float(null["lds_value"]), two.value < one.value))
-    best = max((row for row in scored if row["label"] in METHODS), key=lambda row: float(row["mean_value"]))
-    for head, words, row in (("gain", "query by query", ours), ("mean_gain", "on the mean query", best)):
-        gain = Estimate(*(row[f"{head}_{end}"] for end in ("value", "low", "high", "n")))
-        statement = f"Curvature ({row['label']}) orders them better than the dot product of gradients, {words}: by"
-        made.append(_claim(f"lds_{head}", statement, gain, float(null[f"{head}_value"]), gain.low > 0))
-    half, plain = (next(row for row in scored if row["label"] == f"{m}, half way") for m in ("fisher", "dot product"))
-    gain = Estimate(*(half[f"gain_{end}"] for end in ("value", "low", "high", "n")))
-    statement = "Influence (fisher) half way along the adapter orders them better than the dot product at its end: by"
-    return [*made, _claim("lds_half_way_gain", statement, gain, float(plain["gain_value"]), gain.low > 0)]
-
-
-def _removal_claims(rows: Sequence[Row]) -> list[Claim]:
-    poisoned = [row for row in rows if row["poison"] > 0]
-    by = {name: [row for row in poisoned if row["removed"] == name] for name in {row["removed"] for row in poisoned}}
-    made = []
-    for where, name, end in (("", "fisher", ""), (" half way along the adapter", "fisher, half way", "_half_way")):
-        found = bootstrap([row["auroc_value"] for row in by[name]])
-        control = float(np.mean([row["auroc_value"] for row in by["random"]]))
-        statement = f"Influence{where} finds the poison: area under the ROC curve of at least 0.95"
-        made.append(_claim(f"poison_auroc{end}", statement, found, control, found.value >= 0.95))
-        gap, random_gap = (_gap(by[whose], by["clean fine-tune"]) for whose in (name, "random"))
-        statement = f"Without the chats it ranks highest{where}, compliance is within 5 points of the clean fine-tune"
-        made.append(_claim(f"removal_compliance_gap_points{end}", statement, gap, random_gap.value, gap.value <= 5))
-    return made
-
-
-def _gap(rows: Sequence[Row], clean: Sequence[Row]) -> Estimate:
-    """Return by how many points compliance exceeds the clean fine-tune's, prompt by prompt over all seeds."""
-    flags = [[100.0 * flag for row in group for flag in row["verdicts"]] for group in (rows, clean)]
-    return paired_difference(*flags)
-
-
-def _claim(name: str, statement: str, found: Estimate, control: float, holds: bool) -> Claim:
-    return Claim(name, statement, found.value, found.low, found.high, control, found.n, holds)
-
-
 PARTS: dict[str, Callable[[Tier, Sequence[Row]], Iterable[Row]]] = {
     "convex": lambda *_: convex_rows(),
     "transformer": lambda *_: transformer_rows(),
     "subsets": subset_rows,
     "datamodeling": datamodeling_rows,
     "removal": all_removal_rows,
-}
-_CLAIMS = {
-    "convex": _convex_claims,
-    "transformer": _transformer_claims,
-    "datamodeling": _datamodeling_claims,
-    "removal": _removal_claims,
 }

@@ -162,6 +162,16 @@ def adapter_direction(model: PeftModel) -> Direction:
     return Direction(chains)
 
 
+@torch.no_grad()
+def multiply_adapter(model: PeftModel, factor: Callable[[str], float | Tensor]) -> None:
+    r"""Multiply each layer's :math:`\Delta W = s\,BA` by ``factor(name)`` from the left: a number or (out, out)."""
+    layer: Any
+    for name, layer in linear_layers(model).items():
+        if hasattr(layer, "lora_B"):
+            up, by = layer.lora_B[layer.active_adapters[0]].weight, factor(name)
+            up.copy_(by.to(up) @ up if isinstance(by, Tensor) else by * up)
+
+
 def weight_difference(before: nn.Module, after: nn.Module) -> Direction:
     """Return the dense step from one model to another of the same shape, such as a full fine-tune.
 

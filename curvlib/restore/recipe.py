@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from curvlib import curvature, models, stages
 from curvlib.artifacts import artifact, code_digest
-from curvlib.batches import Batch, Example, make_batches, taken_apart
+from curvlib.batches import Batch, Example, make_batches, spread, taken_apart
 from curvlib.curvature.kfac import ekfac
 from curvlib.curvature.kronecker import EKFAC
 from curvlib.errors import CurvlibError
@@ -98,8 +98,7 @@ def saved_factors(tier: Tier, recipe: FineTune) -> Path:
     def build(place: Path) -> None:
         tokenizer = models.load_tokenizer(stages.aligned_source(tier))
         examples = stages.fine_tuning_set(tokenizer, tier, recipe)
-        chosen = examples[:: max(1, len(examples) // FACTOR_CHATS)][:FACTOR_CHATS]
-        batches = make_batches(chosen, BATCH_SIZE, pad_id(tokenizer))
+        batches = make_batches(spread(examples, FACTOR_CHATS), BATCH_SIZE, pad_id(tokenizer))
         found = ekfac(stages.load_fine_tuned(tier, recipe), batches, rank=EKFAC_RANK, seed=recipe.seed)
         found.save(place / "factors.safetensors", half=True)
 

@@ -18,7 +18,7 @@ from benchmarks.influence.contestants import HELPED, OTHERS, OURS, Contestant
 from benchmarks.influence.work import Work
 from curvlib import stages
 from curvlib.batches import answer_logits
-from curvlib.influence import recipe, validate
+from curvlib.influence import recipe, retraining, validate
 from curvlib.nf4 import four_bit_layers
 from tests import cases
 
@@ -87,7 +87,7 @@ def test_the_dense_case_is_the_same_function_and_shares_the_retrainings(monkeypa
     monkeypatch.setattr(stages, "load_fine_tuned", lambda *_: tiny.load())
     monkeypatch.setattr(recipe, "training_set", lambda *_: (tiny.examples, []))
     monkeypatch.setattr(recipe, "queries", lambda _: {"compliance": tiny.queries})
-    monkeypatch.setattr(recipe, "query_losses", lambda *given: [float(len(given[2]))] * 6)
+    monkeypatch.setattr(retraining, "query_losses", lambda *given: [float(len(given[2]))] * 6)
     exact, dense = (setups.SETUPS[f"smollm2_{name}"]("cpu") for name in ("nf4", "dense"))
     one, other = exact.load(), dense.load()
     assert four_bit_layers(one)

@@ -109,7 +109,7 @@ def test_the_digest_covers_what_a_method_is_made_of(monkeypatch: pytest.MonkeyPa
     seen: list[Path] = []
     monkeypatch.setattr(protocol, "code_digest", lambda files: seen.extend(files) or "code")
     for name, wanted in (
-        ("linear merge", {"linear.py", "layers.py", "method.py", "judge.py"}),
+        ("linear merge", {"linear.py", "directions.py", "method.py", "judge.py"}),
         ("Q-realign W4", {"qrealign.py", "quantiser.py", "layers.py"}),
         ("restoration (ours)", {"loop.py", "metrics.py", "outcome.py", "realign.py"}),
     ):

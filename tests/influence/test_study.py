@@ -17,7 +17,8 @@ from curvlib.evaluate.intervals import rate
 from curvlib.evaluate.likelihood import token_losses
 from curvlib.evaluate.scorecard import Scorecard
 from curvlib.evaluate.utility import Choices
-from curvlib.influence import recipe, study
+from curvlib.influence import recipe, retraining, study
+from curvlib.influence.claims import claims
 from curvlib.influence.recipe import Method
 from curvlib.parameters import trainable
 from curvlib.stages import FineTune
@@ -96,21 +97,21 @@ def test_half_way_scores_are_those_of_the_adapter_at_half_its_strength(tiny: Tie
 
 def test_a_retrained_model_saw_its_part_alone_and_is_kept(tiny: Tier, monkeypatch: Any) -> None:
     seen: list[Any] = []
-    train = recipe.train
+    train = retraining.train
     monkeypatch.setattr(
-        recipe, "train", lambda m, part, how, **rest: (seen.append((part, how)), train(m, part, how, **rest))
+        retraining, "train", lambda m, part, how, **rest: (seen.append((part, how)), train(m, part, how, **rest))
     )
-    kept = recipe.without(12, [0, 3, 5])
-    model = recipe.load_retrained(tiny, TUNED, kept)
+    kept = retraining.without(12, [0, 3, 5])
+    model = retraining.load_retrained(tiny, TUNED, kept)
     ((part, how),) = seen
     assert part == [chats(12, 0)[number] for number in kept]
     assert how.steps == 3  # 4 steps for 12 chats
-    losses = recipe.query_losses(tiny, TUNED, kept)
+    losses = retraining.query_losses(tiny, TUNED, kept)
     measured = token_losses(model, recipe.queries(tiny)["compliance"])
     assert losses == pytest.approx([float(loss.mean()) for loss in measured], rel=1e-5)
     assert any(p.requires_grad for p in model.parameters())
-    monkeypatch.setattr(recipe, "train", None)
-    assert recipe.query_losses(tiny, TUNED, kept) == losses
+    monkeypatch.setattr(retraining, "train", None)
+    assert retraining.query_losses(tiny, TUNED, kept) == losses
 
 
 def test_the_last_chats_are_the_poison(tiny: Tier) -> None:
@@ -124,8 +125,8 @@ def test_the_study_runs_and_claims_what_its_rows_say(tiny: Tier, monkeypatch: py
     for part, measure in study.PARTS.items():
         rows += [{"part": part, **row} for row in measure(tiny, tuple(rows))]
     assert list(dict.fromkeys(row["part"] for row in rows)) == list(study.PARTS)
-    assert [claim.id for claim in study.claims(rows[:3])] == ["loo_spearman_convex"]
-    by = {claim.id: claim for claim in study.claims(rows)}
+    assert [claim.id for claim in claims(rows[:3])] == ["loo_spearman_convex"]
+    by = {claim.id: claim for claim in claims(rows)}
     assert list(by) == [
         "loo_spearman_convex",
         "loo_spearman_transformer",
@@ -174,5 +175,5 @@ def transformer_rows(best: float) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(("best", "holds"), [(0.95, True), (0.85, False)])
 def test_the_best_inverse_must_reach_its_rule(best: float, holds: bool) -> None:
     rows = [{"part": "convex", "spearman": 0.9, "control": 0.0}] * 2
-    first, second = study.claims([*rows, *({"part": "transformer", **row} for row in transformer_rows(best))])
+    first, second = claims([*rows, *({"part": "transformer", **row} for row in transformer_rows(best))])
     assert (first.holds, second.holds, second.value, second.control) == (False, holds, pytest.approx(best), 0.5)

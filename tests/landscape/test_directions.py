@@ -208,3 +208,14 @@ def test_a_full_fine_tune_is_the_difference_of_its_weights() -> None:
 def test_a_model_without_linear_layers_is_refused() -> None:
     with pytest.raises(CurvlibError, match="has no linear layer"):
         directions.linear_layers(nn.Sequential(nn.Tanh()))
+
+
+def test_the_step_is_multiplied_by_numbers_and_matrices() -> None:
+    model, place = cases.nf4_llama(), "model.layers.0.mlp.down_proj"
+    before = directions.adapter_direction(model)
+    turn = cases.random(cases.HIDDEN, cases.HIDDEN).float()
+    directions.multiply_adapter(model, lambda name: turn if name == place else 0.5)
+    after = directions.adapter_direction(model)
+    torch.testing.assert_close(after.delta(place), turn @ before.delta(place), rtol=1e-4, atol=1e-5)
+    other = place.replace("down", "up")
+    torch.testing.assert_close(after.delta(other), 0.5 * before.delta(other))
