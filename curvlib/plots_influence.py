@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from numpy.typing import ArrayLike
 
+from curvlib.evaluate.intervals import Estimate
 from curvlib.plots import BLACK, BLUE, CYCLE, MARKERS, RED, figure, whiskers
 
 
@@ -32,23 +34,26 @@ def predicted_against_actual(panels: Mapping[str, tuple[ArrayLike, ArrayLike]], 
 
 
 def scores_by_cost(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draw each method's linear datamodeling score with its interval against the seconds that it took.
+    """Draw each method's linear datamodeling score with its interval, best first, beside the seconds that it took.
 
     Args:
         rows: each with ``label``, ``seconds``, ``lds_value``, ``lds_low`` and ``lds_high``.
     """
-    drawn, (axes,) = figure(height=3.8)
-    for number, row in enumerate(rows):
-        value, colour = float(row["lds_value"]), CYCLE[number % len(CYCLE)]
-        ends = [[max(0.0, value - float(row["lds_low"]))], [max(0.0, float(row["lds_high"]) - value)]]
-        marker, seconds = MARKERS[number // len(CYCLE) % len(MARKERS)], max(float(row["seconds"]), 1e-3)
-        axes.errorbar(seconds, value, yerr=ends, c=colour, marker=marker, ls="", label=row["label"])
-    axes.axhline(0, color="#999999", lw=0.8)
-    axes.set(
-        xscale="log", xlabel="seconds beside the gradients", ylabel="linear datamodeling score", ylim=(-1.05, 1.05)
-    )
-    axes.set_title("What a better order costs")
-    drawn.legend(loc="outside right upper", fontsize=9)
+    ordered = sorted(rows, key=lambda row: -float(row["lds_value"]))
+    drawn, (left, right) = figure(2, width=9.6, height=1.4 + 0.26 * len(rows), sharey=True, width_ratios=[1.6, 1])
+    places = range(len(ordered))
+    scores = [Estimate(*(float(row[f"lds_{end}"]) for end in ("value", "low", "high")), 0) for row in ordered]
+    values, lengths = whiskers(scores, 1.0)
+    left.errorbar(values, places, xerr=lengths, ls="", marker="o", c=BLUE)
+    left.axvline(0, color="#999999", lw=0.8)
+    left.set(xlabel="linear datamodeling score", xlim=(min(-0.05, *(score.low for score in scores)) - 0.02, 1))
+    left.set_yticks(places, [row["label"] for row in ordered])
+    left.set_ylim(len(rows) - 0.5, -0.5)
+    seconds = [max(float(row["seconds"]), 1e-3) for row in ordered]
+    right.plot(seconds, places, ls="", marker="D", c=RED)
+    decades = 10 ** np.floor(np.log10(min(seconds)) - 0.1), 10 ** np.ceil(np.log10(max(seconds)) + 0.1)
+    right.set(xscale="log", xlabel="seconds beside the gradients", xlim=decades)
+    right.xaxis.set_minor_formatter(NullFormatter())
     return drawn
 
 

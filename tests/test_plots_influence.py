@@ -31,10 +31,12 @@ def test_predictions_stand_beside_the_identity() -> None:
 
 def test_each_score_stands_at_its_cost() -> None:
     drawn = plots.scores_by_cost(ROWS)
-    (axes,) = drawn.axes
-    points = [container.lines[0].get_xydata()[0].tolist() for container in axes.containers]
-    assert points == [[row["seconds"], row["lds_value"]] for row in ROWS]
-    assert axes.get_xscale() == "log"
+    left, right = drawn.axes
+    best_first = ROWS[::-1]
+    assert left.containers[0].lines[0].get_xdata().tolist() == [row["lds_value"] for row in best_first]
+    assert right.lines[0].get_xdata().tolist() == [row["seconds"] for row in best_first]
+    assert tick_labels(left.get_yticklabels()) == [row["label"] for row in best_first]
+    assert right.get_xscale() == "log"
     assert png_size(drawn) < 120_000
 
 
