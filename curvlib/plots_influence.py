@@ -10,7 +10,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from numpy.typing import ArrayLike
 
-from curvlib.evaluate.intervals import Estimate
 from curvlib.plots import BLACK, BLUE, CYCLE, MARKERS, RED, figure, whiskers
 
 
@@ -42,11 +41,11 @@ def scores_by_cost(rows: Sequence[Mapping[str, Any]]) -> Figure:
     ordered = sorted(rows, key=lambda row: -float(row["lds_value"]))
     drawn, (left, right) = figure(2, width=9.6, height=1.4 + 0.26 * len(rows), sharey=True, width_ratios=[1.6, 1])
     places = range(len(ordered))
-    scores = [Estimate(*(float(row[f"lds_{end}"]) for end in ("value", "low", "high")), 0) for row in ordered]
-    values, lengths = whiskers(scores, 1.0)
+    values, low, high = np.array([[float(row[f"lds_{end}"]) for row in ordered] for end in ("value", "low", "high")])
+    lengths = np.maximum(0, [values - low, high - values])
     left.errorbar(values, places, xerr=lengths, ls="", marker="o", c=BLUE)
     left.axvline(0, color="#999999", lw=0.8)
-    left.set(xlabel="linear datamodeling score", xlim=(min(-0.05, *(score.low for score in scores)) - 0.02, 1))
+    left.set(xlabel="linear datamodeling score", xlim=(min(-0.05, low.min()) - 0.02, 1))
     left.set_yticks(places, [row["label"] for row in ordered])
     left.set_ylim(len(rows) - 0.5, -0.5)
     seconds = [max(float(row["seconds"]), 1e-3) for row in ordered]
