@@ -198,9 +198,13 @@ def visit_maps(
         width = a.shape[1]  # the head reads only what predicts an answer token, all but the last position
         visit(name, a, at_least_float32(g), counted if width == counted.shape[1] else counted[:, -1 - width : -1])
 
+    def watch(layer: nn.Linear, a: Tensor, g: Tensor) -> None:
+        if layer in names:  # LoRA's other map may be frozen
+            receive(names[layer], a, g)
+
     hooks = [layer.register_forward_hook(partial(tap, name)) for name, layer in maps.items()]
     try:
-        with fused(model, lambda layer, a, g: receive(names[layer], a, g)):
+        with fused(model, watch):
             logits = answer_logits(model, batch, once=False)  # hooks see each map once, with all chats
         sources += [layer.weight for name, layer in maps.items() if name not in tapped]  # fused: they get no gradient
         for draw in range(draws):

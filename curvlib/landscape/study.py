@@ -100,7 +100,8 @@ def curvature_rows(tier: Tier, fine_tune: FineTune) -> dict[str, Row]:
     """
     tuned: Any = stages.load_fine_tuned(tier, fine_tune)
     chats = recipe.landscape_chats(tier, models.load_tokenizer(stages.aligned_source(tier)))
-    step, space = recipe.step_of(tier, fine_tune), spanned(tier, fine_tune)
+    step = recipe.step_of(tier, fine_tune)
+    space = spanned_by(step, SUBSPACE_RANK)
     found: dict[str, Row] = {}
     for loss in CURVED:
         before, again = (eigenspace(tier, fine_tune, ALIGNED, loss, seed=seed) for seed in (0, 1))

@@ -23,6 +23,17 @@ def test_each_row_is_the_gradient_of_one_chat(number: int) -> None:
             assert cases.relative_error(row, alone) < 1e-5
 
 
+def test_a_frozen_map_of_a_pair_has_no_place_in_the_rows() -> None:
+    model, batch = cases.nf4_llama(), cases.batches(2)[0]
+    whole, start, kept = chat_gradients(model, batch), 0, []
+    for name, weight in trainable(model).items():
+        kept += list(range(start, start + weight.numel())) if "lora_B" in name else []
+        start += weight.numel()
+    for name, weight in list(trainable(model).items()):
+        weight.requires_grad_("lora_B" in name)
+    assert cases.relative_error(chat_gradients(model, batch), whole[:, kept]) < 1e-5
+
+
 def test_rows_are_the_same_where_the_embeddings_are_made_to_require_a_gradient() -> None:
     model, batch = cases.nf4_llama(), cases.batches(2)[0]
     rows = chat_gradients(model, batch)
