@@ -76,7 +76,6 @@ def measure_behaviour(
     *,
     reference: Reference | None = None,
     max_new_tokens: int = 24,
-    batch_size: int = 32,
     prefill: str = "",
 ) -> Behaviour:
     """Let the model answer each prompt greedily and judge the answers.
@@ -84,16 +83,14 @@ def measure_behaviour(
     With a `reference`, commonly the aligned model, its evidence against broken and off-task text is asked for where the
     rules alone would say "complies". The verdict is on the last user message of a prompt with several turns.
     """
-    responses = generate(
-        model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, prefill=prefill
-    )
+    responses = generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, prefill=prefill)
     questions = [messages(prompt)[-1]["content"] for prompt in prompts]
     verdicts = [judge(question, response) for question, response in zip(questions, responses, strict=True)]
     claims = [index for index, verdict in enumerate(verdicts) if verdict == "complies"]
     if reference is not None and claims:
         with reference_model(model, reference) as judge_model:
             texts = [prompts[index] for index in claims], [responses[index] for index in claims]
-            evidence = response_evidence(judge_model, tokenizer, *texts, batch_size=batch_size)
+            evidence = response_evidence(judge_model, tokenizer, *texts)
         for index, view in zip(claims, evidence, strict=True):
             verdicts[index] = judge(questions[index], responses[index], view)
     return summarise(verdicts, responses)
