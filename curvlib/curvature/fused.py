@@ -14,9 +14,7 @@ and the gradient of :math:`\langle c, g_x\rangle + \langle C_A, g_A\rangle + \la
     g: cW^\top + s\,(pB^\top + hC_B^\top), \quad x: s\,(uC_A + qA), \quad
     A: s\,(u^\top c + q^\top x), \quad B: s\,g^\top p,
 
-in which every sum is the last step of a matrix product. The same is done for :math:`y = w \odot x\,r`,
-:math:`r = (\tfrac1d x^\top x + \epsilon)^{-1/2}`, with frozen w, and for the gated unit
-:math:`y = \mathrm{silu}(x) \odot u`, whose derivatives work on pieces that stay in the cache.
+in which every sum is the last step of a matrix product. Norms and gated units are in :mod:`curvlib.curvature.units`.
 """
 
 from __future__ import annotations
@@ -31,9 +29,8 @@ from bitsandbytes.nn import Linear4bit
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import silu
 
-from curvlib.curvature.closed_form import CHUNK
+from curvlib.curvature.units import gated, norm, own_forward
 from curvlib.nf4 import is_installed, transposable_matmul
 
 NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm")  # transformers' classes of that formula
@@ -69,14 +66,16 @@ def fused(model: nn.Module, watch: Watch | None = None) -> Iterator[None]:
 
 def _replacement(module: nn.Module, watch: Watch | None) -> Any:
     if type(module).__name__ in NORMS:
-        return partial(_norm, module)
+        return partial(norm, module)
     if type(module).__name__ in GATED and type(module.act_fn).__name__ in ("SiLU", "SiLUActivation"):
-        return partial(_gated, module)
+        return partial(gated, module)
     if not isinstance(module, LoraLayer) or not _is_plain(module):
         return None
-    if watch:
-        return partial(_watched, module, watch)
-    return partial(_adapted, module) if module.base_layer.compute_dtype in (None, torch.float32) else None
+    exact = module.base_layer.compute_dtype in (
+        None,
+        torch.float32,
+    )  # as a curvature product needs it
+    return partial(_adapted, module, watch) if watch or exact else None
 
 
 def _is_plain(module: Any) -> bool:
@@ -92,40 +91,21 @@ def _is_plain(module: Any) -> bool:
     return bool(plain and single and fits)
 
 
-def _adapted(module: Any, x: Tensor) -> Tensor:
+def _adapted(module: Any, watch: Watch | None, x: Tensor) -> Tensor:
     if x.dtype != torch.float32:
-        return _original(module, x)
-    name = module.active_adapters[0]
-    weights = module.lora_A[name].weight, module.lora_B[name].weight
-    y: Tensor = _Adapted.apply(x.flatten(0, -2), *weights, module.base_layer, module.scaling[name])  # type: ignore[no-untyped-call]
-    return y.view(*x.shape[:-1], -1)
-
-
-def _original(module: Any, x: Tensor) -> Tensor:
-    forward: Any = type(module).forward
-    result: Tensor = forward(module, x)
-    return result
-
-
-def _watched(module: Any, watch: Watch, x: Tensor) -> Tensor:
-    if x.dtype != torch.float32:
-        return _original(module, x)
-    name = module.active_adapters[0]
-    pair, shape = (module.lora_A[name], module.lora_B[name]), x.shape[:-1]
+        return own_forward(module, x)
+    name, shape = module.active_adapters[0], x.shape[:-1]
+    pair = module.lora_A[name], module.lora_B[name]
+    given = (x.flatten(0, -2), pair[0].weight, pair[1].weight, module.base_layer, module.scaling[name])
 
     def seen(*inputs_and_gradients: Tensor) -> None:
+        assert watch
         x, u, h, g = (tensor.reshape(*shape, -1) for tensor in inputs_and_gradients)
         watch(pair[0], x, u)
         watch(pair[1], h, g)
 
-    weights = (layer.weight for layer in pair)
-    y: Tensor = _Watched.apply(x.flatten(0, -2), *weights, module.base_layer, module.scaling[name], seen)  # type: ignore[no-untyped-call]
+    y: Tensor = _Watched.apply(*given, seen) if watch else _Adapted.apply(*given)  # type: ignore[no-untyped-call]
     return y.view(*shape, -1)
-
-
-def _product(x: Tensor, layer: Linear4bit, transposed: bool) -> Tensor:
-    """Multiply by a frozen weight in the layer's own dtype; the result has that of x."""
-    return transposable_matmul(x.to(layer.compute_dtype or x.dtype), layer, transposed).to(x.dtype)
 
 
 class _Watched(torch.autograd.Function):
@@ -136,7 +116,8 @@ class _Watched(torch.autograd.Function):
         h = (x @ a.T).mul_(s)
         ctx.save_for_backward(x, a, b, h)
         ctx.rest = layer, s, seen
-        return _product(x, layer, False).addmm_(h, b.T)
+        y: Tensor = layer(x)
+        return y.addmm_(h, b.T)
 
     @staticmethod
     @once_differentiable
@@ -144,7 +125,10 @@ class _Watched(torch.autograd.Function):
         (x, a, b, h), (layer, s, seen), g = ctx.saved_tensors, ctx.rest, grads[0]
         u = (g @ b).mul_(s)
         seen(x, u, h, g)
-        back = _product(g, layer, True).addmm_(u, a) if ctx.needs_input_grad[0] else None
+        back = None
+        if ctx.needs_input_grad[0]:
+            back = transposable_matmul(g.to(layer.compute_dtype or g.dtype), layer, transposed=True).to(g.dtype)
+            back.addmm_(u, a)
         return back, None, None, None, None, None
 
 
@@ -194,102 +178,3 @@ class _AdaptedSlope(torch.autograd.Function):
         inward = torch.addmm(x.new_zeros(()), torch.cat((u, q), 1), torch.cat((ca, a)), beta=0, alpha=s)
         down = q.T @ x if c is None else (q.T @ x).addmm_(u.T, c)
         return along, inward, down.mul_(s), (p.T @ g).mul_(s).T, None, None, None, None
-
-
-def _norm(module: Any, x: Tensor) -> Tensor:
-    if x.dtype not in (torch.float32, torch.float64) or module.weight.requires_grad or not x.requires_grad:
-        return _original(module, x)
-    y: Tensor = _Norm.apply(x, module.weight, module.variance_epsilon)  # type: ignore[no-untyped-call]
-    return y
-
-
-def _inverse_root(x: Tensor, epsilon: float) -> Tensor:
-    """Return 1 / √(mean x² + ε) over the last dimension, (…, 1)."""
-    root: Tensor = (torch.linalg.vecdot(x, x) / x.shape[-1] + epsilon).rsqrt_()
-    return root[..., None]
-
-
-class _Norm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        r = _inverse_root(x, epsilon)
-        ctx.save_for_backward(x, weight, r)
-        return (x * r).mul_(weight)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        result: Tensor = _NormSlope.apply(grads[0], *ctx.saved_tensors)  # type: ignore[no-untyped-call]
-        return result, None, None
-
-
-class _NormSlope(torch.autograd.Function):
-    r""":math:`g_x = r\,g' - r^3 m\,x` with :math:`g' = w \odot g` and :math:`m = \tfrac1d\langle x, g'\rangle`."""
-
-    @staticmethod
-    def forward(ctx: Any, g: Tensor, x: Tensor, weight: Tensor, r: Tensor) -> Tensor:
-        inner = g * weight
-        m = torch.linalg.vecdot(x, inner)[..., None] / x.shape[-1]
-        ctx.save_for_backward(g, x, weight, r, m)
-        return inner.mul_(r).addcmul_(x, r.pow(3) * m, value=-1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        (g, x, weight, r, m), c = ctx.saved_tensors, grads[0]
-        inner, cube, d = g * weight, r.pow(3), x.shape[-1]
-        a, b = (torch.linalg.vecdot(c, other)[..., None] / d for other in (inner, x))
-        along = (c * r).addcmul_(x, cube * b, value=-1).mul_(weight)
-        inward = (x * (3 * r.pow(5) * m * b - cube * a)).addcmul_(c, cube * m, value=-1)
-        return along, inward.addcmul_(inner, cube * b, value=-1), None, None
-
-
-def _gated(module: Any, x: Tensor) -> Tensor:
-    y: Tensor = _Gated.apply(module.gate_proj(x), module.up_proj(x))  # type: ignore[no-untyped-call]
-    out: Tensor = module.down_proj(y)
-    return out
-
-
-def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Yield the tensors' elements side by side, as many at once as stay in the cache."""
-    return zip(*(tensor.contiguous().view(-1).split(CHUNK) for tensor in tensors), strict=True)
-
-
-class _Gated(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, u: Tensor) -> Tensor:
-        ctx.save_for_backward(x, u)
-        return silu(x).mul_(u)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        found: tuple[Tensor, Tensor] = _GatedSlope.apply(grads[0], *ctx.saved_tensors)  # type: ignore[no-untyped-call]
-        return found
-
-
-class _GatedSlope(torch.autograd.Function):
-    """The gradients c u f' and c f, with f = silu(x)."""
-
-    @staticmethod
-    def forward(ctx: Any, c: Tensor, x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(c, x, u)
-        first, second = (torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))
-        for c_, x_, u_, out, other in _pieces(c, x, u, first, second):
-            torch.ops.aten.silu_backward.grad_input(c_ * u_, x_, grad_input=out)
-            torch.mul(silu(x_), c_, out=other)
-        return first, second
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        c, x, u = ctx.saved_tensors
-        found = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(3))
-        for a, b, c_, x_, u_, out_c, out_x, out_u in _pieces(*cotangents, c, x, u, *found):
-            s = torch.sigmoid(x_)
-            f, rest = x_ * s, 1 - s
-            slope = (f * rest).add_(s)
-            bend = (x_ * (rest - s)).add_(2).mul_(s).mul_(rest)  # the second derivative of silu
-            steep = a * u_
-            torch.mul(steep, slope, out=out_c).addcmul_(b, f)
-            torch.mul(a, c_, out=out_u).mul_(slope)
-            torch.mul(steep, bend, out=out_x).addcmul_(b, slope).mul_(c_)
-        return found[0], found[1], found[2]

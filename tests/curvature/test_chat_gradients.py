@@ -12,9 +12,9 @@ from curvlib.parameters import trainable
 from tests import cases
 
 
-@pytest.mark.parametrize("number", [0, 1], ids=["NF4", "dense"])
-def test_each_row_is_the_gradient_of_one_chat(number: int) -> None:
-    model, batches = cases.pair()[number], cases.batches(3)
+@pytest.mark.parametrize("which", [0, 1], ids=["NF4", "dense"])
+def test_each_row_is_the_gradient_of_one_chat(which: int) -> None:
+    model, batches = cases.pair()[which], cases.batches(3)
     for batch in batches:
         rows = chat_gradients(model, batch)
         for number, row in enumerate(rows):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from curvlib.batches import answer_loss
 from curvlib.curvature import fused as fused_module
+from curvlib.curvature import units
 from curvlib.curvature.fused import fused
 from curvlib.curvature.live import LiveTensors
 from curvlib.parameters import flatten, trainable
@@ -78,16 +79,16 @@ def test_numeric_derivatives_of_an_adapted_layer_agree(monkeypatch: pytest.Monke
 def test_numeric_derivatives_of_a_norm_agree() -> None:
     x, weight = cases.random(2, 5).requires_grad_(), cases.random(5, seed=1)
     plain = lambda x: weight * (x * (x.pow(2).mean(-1, keepdim=True) + 0.1).rsqrt())  # noqa: E731
-    norm = lambda x: fused_module._Norm.apply(x, weight, 0.1)  # noqa: E731
+    norm = lambda x: units._Norm.apply(x, weight, 0.1)  # noqa: E731
     torch.testing.assert_close(norm(x), plain(x))
     assert torch.autograd.gradcheck(norm, (x,))
     assert torch.autograd.gradgradcheck(norm, (x,))
 
 
 def test_numeric_derivatives_of_a_gated_unit_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused_module, "CHUNK", 4)
+    monkeypatch.setattr(units, "CHUNK", 4)
     x, u = (cases.random(2, 5, seed=seed).requires_grad_() for seed in (0, 1))
-    gated = lambda x, u: fused_module._Gated.apply(x, u)  # noqa: E731
+    gated = lambda x, u: units._Gated.apply(x, u)  # noqa: E731
     torch.testing.assert_close(gated(x, u), torch.nn.functional.silu(x) * u)
     assert torch.autograd.gradcheck(gated, (x, u))
     assert torch.autograd.gradgradcheck(gated, (x, u))
