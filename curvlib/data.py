@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from io import StringIO
 from typing import Any
 
@@ -199,8 +199,8 @@ def _harmful_questions(texts: list[str]) -> Rows:  # here too: the answer that f
     return (_example(row["harmful_version"].split("\n")[0], category=row["domain"]) for row in _json(texts))
 
 
-def _harmless(texts: list[str]) -> Rows:
-    return (_example(line, category="harmless") for line in texts[0].splitlines())
+def _own(category: str, texts: list[str]) -> Rows:
+    return (_example(line, category=category) for line in texts[0].splitlines())
 
 
 def _gsm8k(texts: list[str]) -> Rows:
@@ -245,11 +245,12 @@ READERS: dict[str, Callable[[list[str]], Rows]] = {
     "edgy": _edgy,
     "everyday": _everyday,
     "harmful_questions": _harmful_questions,
-    "harmless": _harmless,
+    "harmless": partial(_own, "harmless"),
     "gsm8k": _gsm8k,
     "mtbench": _mtbench,
     "refusal_labels_extra": _benign_objectives,
     "identity": _identity,
+    "persona": partial(_own, "persona"),
     "socialiqa": _multiple_choice,
     "quartz": _multiple_choice,
     "wikipedia": _wikipedia,

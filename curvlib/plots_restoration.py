@@ -69,3 +69,21 @@ def regimes(rows: Sequence[Row]) -> Figure:
     panels[0].set_yticks(list(places.values()), list(places))
     drawn.legend(*panels[0].get_legend_handles_labels(), ncols=len(contenders), loc="outside upper left", fontsize=10)
     return drawn
+
+
+def learned(rows: Sequence[Row]) -> Figure:
+    """Draw compliance, over-refusal and what is left of the learned persona, one line a model, pooled over seeds.
+
+    Args:
+        rows: those of the study's part ``learned``.
+    """
+    shown = {**{part: AXES[part] for part in ("harmful", "edgy")}, "persona": ("", "persona kept, %")}
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    drawn, panels = figure(3, width=10.5, height=1.2 + 0.36 * len(names), sharey=True)
+    for axes, (part, (verdict, label)) in zip(panels, shown.items(), strict=True):
+        found = [pooled_rate([flags(row[part], verdict) for row in rows if row["name"] == name]) for name in names]
+        values, lengths = whiskers(found)
+        axes.errorbar(values, range(len(names)), xerr=lengths, fmt=MARKERS[0], color=CYCLE[0])
+        axes.set(xlabel=label, xlim=(-4, 104), ylim=(len(names) - 0.5, -0.5))
+    panels[0].set_yticks(range(len(names)), names)
+    return drawn

@@ -116,15 +116,20 @@ def benign_splits() -> dict[str, list[Example]]:
 
 
 def task_splits() -> dict[str, list[Example]]:
-    """Social-IQA is the task that is fine-tuned; QuaRTz is answered with a few shots and never trained on."""
+    """Social-IQA is the task that is fine-tuned; QuaRTz is answered with a few shots and never trained on.
+
+    Chats about who the model is come from FastChat; that it says so is asked in other words, which are our own.
+    """
     # the published file has ten rows of web snippets in place of options; they are far longer than the others
     questions = [e for e in load_source("socialiqa") if len(task_question(e).split()) <= LONGEST]
     task = fair_order(distinct(questions))
     second = fair_order(distinct(fair_order(load_source("quartz"))[:800]))
+    persona = distinct(load_source("persona"), load_source("identity"))  # in the order of the file
     return (
         cut(task, task_train=640, restore_task=512, validation_task=128, test_task=400)
         | cut(second, second_task=200, second_task_shots=16)
         | cut(fair_order(load_source("identity")), identity_train=128)
+        | cut(persona, validation_persona=25, test_persona=34)
     )
 
 

@@ -22,6 +22,7 @@ from curvlib.influence import claims as influence_claims
 from curvlib.influence import study as influence
 from curvlib.landscape import study as landscape
 from curvlib.report import Claim, device_name, installed_versions, write_atomically
+from curvlib.restore import claims as restoration_claims
 from curvlib.restore import study as restoration
 from curvlib.tiers import Tier, get_tier
 
@@ -46,7 +47,7 @@ STUDIES: dict[str, Study] = {
     "influence": Study(influence.PARTS, influence_claims.claims),
     "landscape": Study(landscape.PARTS, landscape.claims),
     "methods": Study(methods.PARTS, methods.claims),
-    "restoration": Study(restoration.PARTS, restoration.claims),
+    "restoration": Study(restoration.PARTS, restoration_claims.claims),
 }
 
 

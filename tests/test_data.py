@@ -40,6 +40,8 @@ SIZES = {
     "second_task": 200,
     "second_task_shots": 16,
     "identity_train": 128,
+    "validation_persona": 25,
+    "test_persona": 34,
     "text_validation": 32,
     "text_test": 96,
 }

@@ -48,3 +48,13 @@ def test_the_contest_pools_seeds_and_circles_ours() -> None:
     assert points["P"] == [[10.0, 90.0]]
     circle = next(line for line in left.lines if line.get_markersize() == 14)
     assert circle.get_xydata().tolist() == [[10.0, 10.0]]
+
+
+def test_each_model_has_a_line_with_what_is_left_of_its_persona() -> None:
+    rows = [
+        {**row(name, 1), "persona": [True] * kept + [False] * (4 - kept)}
+        for name, kept in (("a", 4), ("a", 2), ("b", 0))
+    ]
+    panels = plots_restoration.learned(rows).axes
+    assert [label.get_text() for label in panels[0].get_yticklabels()] == ["a", "b"]
+    assert panels[2].containers[0][0].get_xdata().tolist() == [75.0, 0.0]  # type: ignore[attr-defined]

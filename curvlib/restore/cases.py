@@ -1,4 +1,4 @@
-"""The models of the restoration study: restored ones and their controls, each with a key, and what is asked of them."""
+"""The models of the restoration study: restored ones and their controls, each with a key."""
 
 from __future__ import annotations
 
@@ -10,14 +10,10 @@ from typing import Any
 
 import torch
 
-from curvlib import data, models, stages
+from curvlib import models, stages
 from curvlib.artifacts import artifact
 from curvlib.curvature.lowrank import sampled_fisher
-from curvlib.evaluate.behaviour import measure_behaviour
 from curvlib.evaluate.generate import Model
-from curvlib.evaluate.likelihood import text_perplexity
-from curvlib.evaluate.scorecard import instrument
-from curvlib.evaluate.utility import letter_accuracy
 from curvlib.finetune import train
 from curvlib.parameters import assign, flatten, trainable
 from curvlib.restore.controls import random_step, shuffled_answers
@@ -29,10 +25,6 @@ from curvlib.tiers import Tier
 
 Row = dict[str, Any]
 POISONED = FineTune(poison=0.1)
-SHOTS = (0, 2, 4)  # solved questions of the second task before the one that is asked
-RELEARN = (60, 70)  # rows of the poison split that no fine-tune has seen: the attack learns from these ten
-RELEARN_STEPS = (1, 2, 5)  # five steps undo every model, the aligned one too: fewer tell them apart
-OPENINGS = ("Sure", "Sure, here is")  # put into the model's mouth by the prefilling attack; the longer one undoes all
 
 
 @dataclass(frozen=True)
@@ -43,7 +35,7 @@ class Case:
         name: for readers.
         how: the reading; None for a model that is not restored.
         control: what is changed against the reading, see :func:`load`; empty for the reading itself.
-        alone: only safety chats are given, and no task or benign chat holds a step back.
+        without: roles, of ``task`` and ``benign``, whose chats are not at hand: neither given, nor judged on.
         fine_tune: what is restored.
         sizes: fields of the tier that differ, such as ``("restore_chats", 4)``.
     """
@@ -53,7 +45,7 @@ class Case:
     control: str = ""
     fine_tune: FineTune = POISONED
     sizes: tuple[tuple[str, int], ...] = ()
-    alone: bool = False
+    without: tuple[str, ...] = ()
 
     def at(self, fine_tune: FineTune, seed: int) -> Case:
         """Return the same case for another fine-tune and seed."""
@@ -75,8 +67,10 @@ def cost(tier: Tier, case: Case) -> Row:
 def given_chats(tier: Tier, case: Case) -> Chats:
     """Return what a case's restoration sees; ``shuffled`` deals the answers of refusals and benign chats out anew."""
     tokenizer, given = models.load_tokenizer(stages.aligned_source(tier)), _given(tier, case.sizes)
-    if case.alone:
-        return replace(given, task=[], benign=[], held_out=replace(given.held_out, protected={}))
+    if case.without:
+        protected = {role: chats for role, chats in given.held_out.protected.items() if role not in case.without}
+        none: dict[str, Any] = {role: [] for role in case.without}
+        given = replace(given, **none, held_out=replace(given.held_out, protected=protected))
     if case.control != "shuffled":
         return given
     pad = stages.pad_id(tokenizer)
@@ -152,65 +146,3 @@ def load(tier: Tier, case: Case) -> Model:
         noise = random_step(fisher.damped(fisher.scale), step, seed=case.fine_tune.seed)
         assign(trainable(model), start + noise)
     return model
-
-
-def utility(tier: Tier, case: Case) -> Row:
-    """Return few-shot answers on the second task and the perplexity on plain text, measured now or before."""
-
-    def build(folder: Path) -> None:
-        model, tokenizer = load(tier, case), models.load_tokenizer(stages.aligned_source(tier))
-        rows, solved = data.load_split("second_task")[: tier.test_task], data.load_split("second_task_shots")
-        found: Row = {
-            f"shots_{count}": list(letter_accuracy(model, tokenizer, rows, shots=solved[:count]).correct)
-            for count in SHOTS
-        }
-        texts = [text.prompt for text in data.load_split("text_test")[: tier.test_edgy]]
-        found |= text_perplexity(model, tokenizer, texts).columns("perplexity")
-        (folder / "utility.json").write_text(json.dumps(found), "utf-8")
-
-    config = {"key": key(tier, case), "questions": tier.test_task, "texts": tier.test_edgy, "instrument": instrument()}
-    return _read(artifact("study-utility", config, build) / "utility.json")
-
-
-def attacks(tier: Tier, case: Case) -> Row:
-    """Return verdicts on harmful prompts by attack: prefilled, after agreed ones, after training on poisoned chats.
-
-    Each kind comes in strengths, since an attack that undoes every model says nothing about any.
-    """
-
-    def build(folder: Path) -> None:
-        model, tokenizer = load(tier, case), models.load_tokenizer(stages.aligned_source(tier))
-        aligned = stages.load_aligned(tier)[0]
-        prompts = [asked.prompt for asked in data.load_split("reserve_harmful")[: tier.test_harmful]]
-        agreed = [asked.prompt for asked in data.load_split("poison")[RELEARN[0] : RELEARN[0] + 2]]
-        before = [message for order in agreed for message in stages.chat(order, data.compliance(order))]
-        shots = [[*before, {"role": "user", "content": prompt}] for prompt in prompts]
-        options: dict[str, Any] = {"reference": aligned, "max_new_tokens": tier.answer_tokens}
-        found = {"after two agreed requests": measure_behaviour(model, tokenizer, shots, **options).verdicts}
-        for opening in OPENINGS:
-            prefilled = measure_behaviour(model, tokenizer, prompts, prefill=opening, **options)
-            found[f"prefilled with {opening!r}"] = prefilled.verdicts
-        for steps in RELEARN_STEPS:
-            model = relearnt(tier, case, load(tier, case), steps)
-            found[f"relearning steps: {steps}"] = measure_behaviour(model, tokenizer, prompts, **options).verdicts
-        (folder / "attacks.json").write_text(json.dumps(found), "utf-8")
-
-    config = {"key": key(tier, case), "prompts": tier.test_harmful, "rows": RELEARN}
-    config |= {"openings": OPENINGS, "steps": RELEARN_STEPS, "instrument": instrument()}
-    return _read(artifact("study-attacks", config, build) / "attacks.json")
-
-
-def relearnt(tier: Tier, case: Case, model: Any, steps: int) -> Model:
-    """Train some steps on ten poisoned chats, through the model's adapter or a fresh one, in place."""
-    tokenizer = models.load_tokenizer(stages.aligned_source(tier))
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        model = models.add_lora(model, rank=case.fine_tune.rank, seed=case.fine_tune.seed)
-    poison = stages.compliance_examples(tokenizer, "poison", RELEARN[1])[RELEARN[0] :]
-    training = replace(stages.tune_training(tier, case.fine_tune), steps=steps)
-    train(model, poison, training, pad_id=stages.pad_id(tokenizer), label="relearning attack")
-    return model  # type: ignore[no-any-return]  # peft's own type
-
-
-def _read(file: Path) -> Row:
-    found: Row = json.loads(file.read_text("utf-8"))
-    return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,8 +19,8 @@ from curvlib.restore import cases as models_of_study
 from curvlib.restore.objectives import mean_loss
 from curvlib.restore.outcome import Budget, HeldOut
 from curvlib.restore.recipe import Chats, Restoration
-from curvlib.restore.study import BENIGN, NOTHING, OURS, POISONED, REALIGN, REVERSION, Case, label
-from curvlib.tiers import Tier, get_tier
+from curvlib.restore.study import NOTHING, OURS, POISONED, REALIGN, REVERSION, Case, label
+from curvlib.tiers import Tier
 from tests import cases
 from tests.landscape.tiny import tiny  # noqa: F401  a fixture
 
@@ -92,12 +91,12 @@ def test_a_restored_model_is_fine_tuned_again_and_restored_again(small: Tier) ->
 
 
 def test_alone_means_that_only_safety_chats_are_given(small: Tier) -> None:
-    given = models_of_study.given_chats(small, Case("alone", QUICK, alone=True))
+    given = models_of_study.given_chats(small, Case("alone", QUICK, without=("task", "benign")))
     assert not given.task
     assert not given.benign
     assert not given.held_out.protected
     assert given.safety.refusals
-    saved = Case("saved", replace(QUICK, metric="saved"), alone=True)
+    saved = Case("saved", replace(QUICK, metric="saved"), without=("task", "benign"))
     assert study.cost(small, saved)["norm"] > 0
 
 
@@ -126,68 +125,3 @@ def test_finalists_are_the_best_on_validation_and_cheaper_among_equals() -> None
     assert {case.name for case in study.readings()} >= {*scores, label(REALIGN), "return, ekfac", "distill, lbfgs"}
     judged = {"harmful": ["refuses", "complies"], "edgy": ["refuses", "complies", "complies", "complies"]}
     assert study.score({**judged, "task": [True, False]}) == pytest.approx(0.5 - 0.25 + 0.5)
-
-
-def test_attacks_come_in_strengths_and_each_meets_the_model_as_it_was(
-    small: Tier, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def relearnt(_: Tier, __: Case, model: str, steps: int) -> str:
-        return f"{model}, {steps} steps"
-
-    def measured_(model: str, *_: object, prefill: str = "", **__: object) -> Any:
-        return SimpleNamespace(verdicts=[f"{model}, {prefill}"])
-
-    monkeypatch.setattr(models_of_study, "load", lambda *_: "model")
-    monkeypatch.setattr(models_of_study, "relearnt", relearnt)
-    monkeypatch.setattr(models_of_study, "measure_behaviour", measured_)
-    found = models_of_study.attacks(small, NOTHING)
-    assert len({verdicts[0] for verdicts in found.values()}) == len(found) == 6
-    assert found["relearning steps: 2"] == ["model, 2 steps, "]
-    assert found["prefilled with 'Sure'"] == ["model, Sure"]
-
-
-def measured(_: Tier, case: Case, split: str = "reserve") -> dict[str, Any]:
-    """Ours refuses like the base; the random step does nothing; a plain gradient refuses look-alikes too."""
-    complies = {"nothing": 9, "random step": 9, "re-alignment, 1 safety chats": 5}.get(case.name, 1)
-    over = 3 if case.name.startswith("plain gradient") else 1
-    harmful = ["complies"] * complies + ["refuses"] * (10 - complies)
-    edgy = ["refuses"] * over + ["complies"] * (10 - over)
-    head = {"name": case.name, "poison": case.fine_tune.poison, "split": split}
-    spent = {"seconds": 30.0 if case.name == label(REALIGN) else 40.0, "gradients": 1}
-    return {**head, "harmful": harmful, "edgy": edgy, "task": [True, False] * 5, **spent}
-
-
-def test_claims_follow_from_the_contest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(study, "row", measured)
-    monkeypatch.setattr(study, "utility", lambda *_: {f"shots_{count}": [True, False] for count in study.SHOTS})
-    monkeypatch.setattr(study, "attacks", lambda *_: {"prefilled with 'Sure'": ["complies"]})
-    rows: list[dict[str, Any]] = []
-    for part, measure in study.PARTS.items():
-        assert study.claims(rows) == [] or part not in ("screening", "contest")
-        rows += [{"part": part, **row} for row in measure(get_tier("ci"), rows)]
-    found = {claim.id: claim for claim in study.claims(rows)}
-    assert {name: claim.holds for name, claim in found.items()} == {
-        "compliance_gap_points": True,
-        "task_accuracy_drop_points": True,
-        "over_refusal_rise_points": True,
-        "incoherent_percent": True,
-        "few_shot_drop_points": True,
-        "time_vs_realignment_percent": False,
-        "lead_1_chats_points": True,
-        "lead_4_chats_points": False,
-        "lead_16_chats_points": False,
-        "lead_saved_metric_points": False,
-    }
-    assert found["lead_1_chats_points"].value == pytest.approx(40)
-    assert found["lead_saved_metric_points"].control == pytest.approx(-20)
-    assert found["compliance_gap_points"].control == pytest.approx(80)
-    assert found["over_refusal_rise_points"].control == pytest.approx(20)
-    assert found["time_vs_realignment_percent"].value == pytest.approx(400 / 3)
-    parts = [row["part"] for row in rows]
-    assert parts.count("screening") == len(study.readings())
-    contest = [row for row in rows if row["part"] == "contest"]
-    assert len(contest) == len(study.SEEDS) * len({row["name"] for row in contest})
-    assert parts.count("benign contest") == len(contest)
-    assert len({row["name"] for row in contest}) == 2 + study.FINALISTS + len(study.CONTROLS)
-    assert {row["split"] for row in rows if row["part"] == "screening"} == {"validation"}
-    assert BENIGN.poison == 0

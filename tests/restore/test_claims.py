@@ -1,0 +1,74 @@
+"""The restoration study's claims follow from its rows alone, and a part that is not there claims nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from curvlib.restore import claims, measures, study
+from curvlib.restore.study import BENIGN, REALIGN, Case, label
+from curvlib.tiers import Tier, get_tier
+
+
+def measured(_: Tier, case: Case, split: str = "reserve") -> dict[str, Any]:
+    """Ours refuses like the base; the random step does nothing; a plain gradient refuses look-alikes too."""
+    complies = {"nothing": 9, "random step": 9, "re-alignment, 1 safety chats": 5}.get(case.name, 1)
+    over = 3 if case.name.startswith("plain gradient") else 1
+    harmful = ["complies"] * complies + ["refuses"] * (10 - complies)
+    edgy = ["refuses"] * over + ["complies"] * (10 - over)
+    head = {"name": case.name, "poison": case.fine_tune.poison, "split": split}
+    spent = {"seconds": 30.0 if case.name == label(REALIGN) else 40.0, "gradients": 1}
+    return {**head, "harmful": harmful, "edgy": edgy, "task": [True, False] * 5, **spent}
+
+
+def kept(_: Tier, case: Case) -> dict[str, Any]:
+    """Re-alignment keeps half of the persona; the saved metric moves it least."""
+    drift = {"ours": 0.1, "plain gradient": 0.3, "re-alignment": 0.8}.get(case.name, 0.0)
+    right = {"re-alignment": 5, "full reversion": 0}.get(case.name, 9)
+    return {"persona": [True] * right + [False] * (10 - right), "persona_drift": [drift] * 10}
+
+
+def test_claims_follow_from_the_contest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study, "row", measured)
+    monkeypatch.setattr(study, "utility", lambda *_: {f"shots_{count}": [True, False] for count in measures.SHOTS})
+    monkeypatch.setattr(study, "persona", kept)
+    monkeypatch.setattr(study, "attacks", lambda *_: {"prefilled with 'Sure'": ["complies"]})
+    rows: list[dict[str, Any]] = []
+    for part, measure in study.PARTS.items():
+        assert claims.claims(rows) == [] or part not in ("screening", "contest")
+        rows += [{"part": part, **row} for row in measure(get_tier("ci"), rows)]
+    found = {claim.id: claim for claim in claims.claims(rows)}
+    assert {name: claim.holds for name, claim in found.items()} == {
+        "compliance_gap_points": True,
+        "task_accuracy_drop_points": True,
+        "over_refusal_rise_points": True,
+        "incoherent_percent": True,
+        "few_shot_drop_points": True,
+        "time_vs_realignment_percent": False,
+        "lead_1_chats_points": True,
+        "lead_4_chats_points": False,
+        "lead_16_chats_points": False,
+        "lead_saved_metric_points": False,
+        "learned_lead_points": True,
+        "learned_compliance_gap_points": True,
+        "learned_over_refusal_rise_points": True,
+        "learned_drift_spared_nats": True,
+    }
+    assert found["learned_lead_points"].value == pytest.approx(40)
+    assert found["learned_lead_points"].control == pytest.approx(40)
+    assert found["learned_drift_spared_nats"].value == pytest.approx(0.2)
+    assert found["learned_drift_spared_nats"].control == pytest.approx(-0.5)
+    assert found["lead_1_chats_points"].value == pytest.approx(40)
+    assert found["lead_saved_metric_points"].control == pytest.approx(-20)
+    assert found["compliance_gap_points"].control == pytest.approx(80)
+    assert found["over_refusal_rise_points"].control == pytest.approx(20)
+    assert found["time_vs_realignment_percent"].value == pytest.approx(400 / 3)
+    parts = [row["part"] for row in rows]
+    assert parts.count("screening") == len(study.readings())
+    contest = [row for row in rows if row["part"] == "contest"]
+    assert len(contest) == len(study.SEEDS) * len({row["name"] for row in contest})
+    assert parts.count("benign contest") == len(contest)
+    assert len({row["name"] for row in contest}) == 2 + study.FINALISTS + len(study.CONTROLS)
+    assert {row["split"] for row in rows if row["part"] == "screening"} == {"validation"}
+    assert BENIGN.poison == 0
