@@ -30,6 +30,7 @@ CODE = {  # files that make a restored adapter, beside outcome.py and objectives
     "": ("loop", "metrics"),
 }
 FACTOR_CHATS = 64  # a third of a fine-tuning set; each is differentiated twice
+SAVED = ("saved", "guarded")  # metrics that were saved beside the adapter
 BATCH_SIZE = 8  # chats a forward pass: keeps the activations of a gradient near 1 GB
 
 
@@ -87,18 +88,23 @@ def restoration_chats(tier: Tier, tokenizer: PreTrainedTokenizerBase) -> Chats:
     )
 
 
-def saved_factors(tier: Tier, recipe: FineTune) -> Path:
+def saved_factors(tier: Tier, recipe: FineTune, metric: str = "saved") -> Path:
     """Return the EK-FAC file that is saved beside a fine-tuned adapter, so that later nobody needs its data; made once.
 
-    It is fitted to :data:`FACTOR_CHATS` chats of the fine-tuning set, evenly spaced, whatever poison is among them.
+    It is fitted to :data:`FACTOR_CHATS` chats of the fine-tuning set, evenly spaced, whatever poison is among them; if
+    ``guarded``, to half as many of these, and to as many benign and benign-edgy chats.
     """
     adapter = stages.fine_tuned(tier, recipe)
     config = {"fine_tuned": adapter.parent.name, "chats": FACTOR_CHATS, "rank": EKFAC_RANK, "code": _curvature_code()}
+    config |= {"metric": metric} if metric != "saved" else {}
 
     def build(place: Path) -> None:
-        tokenizer = models.load_tokenizer(stages.aligned_source(tier))
-        examples = stages.fine_tuning_set(tokenizer, tier, recipe)
-        batches = make_batches(spread(examples, FACTOR_CHATS), BATCH_SIZE, pad_id(tokenizer))
+        tokenizer, guards = models.load_tokenizer(stages.aligned_source(tier)), list[Example]()
+        if metric == "guarded":
+            for split in ("restore_edgy", "restore_benign"):
+                guards += stages.own_answer_examples(tokenizer, tier, split, FACTOR_CHATS // 4)
+        tuned = spread(stages.fine_tuning_set(tokenizer, tier, recipe), FACTOR_CHATS - len(guards))
+        batches = make_batches(tuned + guards, BATCH_SIZE, pad_id(tokenizer))
         found = ekfac(stages.load_fine_tuned(tier, recipe), batches, rank=EKFAC_RANK, seed=recipe.seed)
         found.save(place / "factors.safetensors", half=True)
 
@@ -111,7 +117,7 @@ def restored(
     """Return the folder of the restored adapter (``model``) and its history (``history.json``); made once.
 
     ``chats`` are those of the tier unless others are given. ``worn`` is an adapter to restore in the place of the
-    fine-tuned one. The metric ``saved`` is that of :func:`saved_factors`.
+    fine-tuned one. The metrics :data:`SAVED` are those of :func:`saved_factors`.
 
     Raises:
         CurvlibError: the reading needs the aligned model, and the base under the adapter is a full fine-tune.
@@ -123,7 +129,7 @@ def restored(
     names = CODE.get(how.objective, CODE[""])
     own = [Path(__file__).with_name(f"{name}.py") for name in ("outcome", "objectives", *names)]
     config["code"] = [code_digest(own), _curvature_code()]
-    factors = saved_factors(tier, recipe) if how.metric == "saved" else None
+    factors = saved_factors(tier, recipe, how.metric) if how.metric in SAVED else None
 
     def build(place: Path) -> None:
         goal = aligned_loss(tier, how, chats) if recipe.method == "full" else None
@@ -176,7 +182,7 @@ def run(
 ) -> RestorationResult:
     """Restore ``model`` in place with the chats given; ``realign`` fine-tunes it on them instead.
 
-    ``factors`` is the file that the metric ``saved`` reads. ``goal`` is the held-out safety loss that suffices, that of
+    ``factors`` is the file that a saved metric reads. ``goal`` is the held-out safety loss that suffices, that of
     the model without its adapter by default.
     """
     shared: dict[str, Any] = {"held_out": chats.held_out, "benign_batches": chats.benign}
