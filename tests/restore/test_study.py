@@ -100,6 +100,36 @@ def test_alone_means_that_only_safety_chats_are_given(small: Tier) -> None:
     assert study.cost(small, saved)["norm"] > 0
 
 
+def test_only_the_chats_of_one_role_may_be_gone(small: Tier) -> None:
+    given = models_of_study.given_chats(small, Case("gone", QUICK, without=("task",)))
+    assert not given.task
+    assert given.benign
+    assert set(given.held_out.protected) == {"benign"}
+
+
+def test_guarded_factors_see_benign_chats_beside_the_fine_tuning_set(
+    small: Tier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, list[Any]] = {}
+
+    def fitted(_: Any, batches: Any, **options: Any) -> Any:
+        seen["chats"] = taken_apart(batches)
+        return fit(_, batches, **options)
+
+    def guards(_: Any, __: Any, split: str, count: int) -> list[Any]:
+        return taken_apart(cases.batches(count // 8, seed=len(split)))
+
+    fit = recipe.ekfac
+    monkeypatch.setattr(recipe, "ekfac", fitted)
+    monkeypatch.setattr(stages, "own_answer_examples", guards)
+    plain = recipe.saved_factors(small, POISONED)
+    tuned = list(seen["chats"])
+    guarded = recipe.saved_factors(small, POISONED, "guarded")
+    assert plain != guarded
+    assert set(tuned) < set(seen["chats"])
+    assert study.cost(small, Case("guarded", replace(QUICK, metric="guarded"), without=("task", "benign")))["norm"] > 0
+
+
 def test_parts_yield_only_the_cases_that_have_no_row(small: Tier, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study, "row", lambda _, case, *__: dict(ROW, name=case.name))
     first, second, *rest = study.readings()
