@@ -22,9 +22,9 @@ AXES = {
 }
 
 
-def rates(rows: Sequence[Row]) -> dict[str, Estimate]:
-    """Return part -> rate over the rows of one model at several seeds: compliance, over-refusal, task accuracy."""
-    return {part: pooled_rate([flags(row[part], verdict) for row in rows]) for part, (verdict, _) in AXES.items()}
+def rates(rows: Sequence[Row], shown: Mapping[str, tuple[str, str]] = AXES) -> dict[str, Estimate]:
+    """Return part -> rate over the rows of one model at several seeds; each part comes with the verdict that counts."""
+    return {part: pooled_rate([flags(row[part], verdict) for row in rows]) for part, (verdict, _) in shown.items()}
 
 
 def contest(rows: Sequence[Row], ours: str, references: Sequence[str]) -> Figure:
@@ -80,9 +80,9 @@ def learned(rows: Sequence[Row]) -> Figure:
     shown = {**{part: AXES[part] for part in ("harmful", "edgy")}, "persona": ("", "persona kept, %")}
     names = list(dict.fromkeys(row["name"] for row in rows))
     drawn, panels = figure(3, width=10.5, height=1.2 + 0.36 * len(names), sharey=True)
-    for axes, (part, (verdict, label)) in zip(panels, shown.items(), strict=True):
-        found = [pooled_rate([flags(row[part], verdict) for row in rows if row["name"] == name]) for name in names]
-        values, lengths = whiskers(found)
+    found = [rates([row for row in rows if row["name"] == name], shown) for name in names]
+    for axes, (part, (_, label)) in zip(panels, shown.items(), strict=True):
+        values, lengths = whiskers([one[part] for one in found])
         axes.errorbar(values, range(len(names)), xerr=lengths, fmt=MARKERS[0], color=CYCLE[0])
         axes.set(xlabel=label, xlim=(-4, 104), ylim=(len(names) - 0.5, -0.5))
     panels[0].set_yticks(range(len(names)), names)

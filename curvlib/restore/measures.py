@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,28 +52,31 @@ def persona(tier: Tier, case: Case, split: str = "test_persona") -> Row:
     negative log-likelihood (nats per token) of what the fine-tuned model answers, less the fine-tuned model's own.
     """
     tuned = Case("nothing", control="nothing", fine_tune=case.fine_tune)
+    config = {"tuned": key(tier, tuned), "questions": tier.test_edgy, "split": split, "instrument": instrument()}
+
+    def build_taught(folder: Path) -> None:
+        (folder / "taught.json").write_text(json.dumps(_interview(tier, tuned, split)), "utf-8")
 
     def build(folder: Path) -> None:
-        tokenizer = models.load_tokenizer(stages.aligned_source(tier))
-        prompts = [asked.prompt for asked in data.load_split(split)[: tier.test_edgy]]
-        taught_model, model = load(tier, tuned), load(tier, case)
-        taught, answers = (
-            generate(one, tokenizer, prompts, max_new_tokens=tier.answer_tokens) for one in (taught_model, model)
-        )
-        chats = [stages.chat(prompt, answer) for prompt, answer in zip(prompts, taught, strict=True)]
-        examples = [open_ended(example) for example in encode(tokenizer, chats, stages.MAX_LENGTH)]
-        before, after = (
-            [float(losses.mean()) for losses in token_losses(one, examples)] for one in (taught_model, model)
-        )
+        taught = _read(artifact("study-taught", config, build_taught) / "taught.json")
+        own = _interview(tier, case, split, taught["answers"])
         found = {
-            "persona": [any(name in answer.lower() for name in LEARNED) for answer in answers],
-            "persona_drift": [late - early for early, late in zip(before, after, strict=True)],
+            "persona": [any(name in answer.lower() for name in LEARNED) for answer in own["answers"]],
+            "persona_drift": [late - early for early, late in zip(taught["losses"], own["losses"], strict=True)],
         }
         (folder / "persona.json").write_text(json.dumps(found), "utf-8")
 
-    config = {"key": key(tier, case), "tuned": key(tier, tuned), "questions": tier.test_edgy, "split": split}
-    config["instrument"] = instrument()
-    return _read(artifact("study-persona", config, build) / "persona.json")
+    return _read(artifact("study-persona", {"key": key(tier, case), **config}, build) / "persona.json")
+
+
+def _interview(tier: Tier, case: Case, split: str, taught: Sequence[str] = ()) -> Row:
+    """Return a model's answers to a split, and its mean losses on those that were taught, or on its own without any."""
+    model, tokenizer = load(tier, case), models.load_tokenizer(stages.aligned_source(tier))
+    prompts = [asked.prompt for asked in data.load_split(split)[: tier.test_edgy]]
+    answers = generate(model, tokenizer, prompts, max_new_tokens=tier.answer_tokens)
+    chats = [stages.chat(prompt, answer) for prompt, answer in zip(prompts, taught or answers, strict=True)]
+    examples = [open_ended(example) for example in encode(tokenizer, chats, stages.MAX_LENGTH)]
+    return {"answers": answers, "losses": [float(losses.mean()) for losses in token_losses(model, examples)]}
 
 
 def attacks(tier: Tier, case: Case) -> Row:

@@ -53,7 +53,6 @@ def test_a_persona_is_kept_where_it_is_named_and_drifts_by_the_fine_tuned_models
     tuned = measures.persona(tiny, NOTHING.at(PERSONA, 0))
     assert set(tuned["persona"]) == {True}
     assert set(tuned["persona_drift"]) == {0.0}
-    scored.clear()
     lost = measures.persona(tiny, Case("full reversion", control="reversion").at(PERSONA, 0))
     assert set(lost["persona"]) == {False}
     assert set(lost["persona_drift"]) == {3.0}
