@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from curvlib.batches import Batch, Example, make_batches, spread, taken_apart
 from curvlib.curvature.kfac import ekfac
 from curvlib.curvature.kronecker import EKFAC
 from curvlib.errors import CurvlibError
+from curvlib.finetune import TrainingConfig
 from curvlib.restore.loop import restore
 from curvlib.restore.metrics import DRAWS, EKFAC_RANK, SavedMetric
 from curvlib.restore.objectives import SafetyBatches, value
@@ -36,11 +37,19 @@ BATCH_SIZE = 8  # chats a forward pass: keeps the activations of a gradient near
 
 @dataclass(frozen=True)
 class Restoration:
-    """One reading of the method: the objective (``realign`` for the baseline), the metric, and the budget."""
+    """One reading of the method: the objective (``realign`` for the baseline), the metric, and the budget.
+
+    ``training`` are the runs that a re-alignment chooses from, if not its own; their seed is the fine-tune's.
+    """
 
     objective: str = "refusal"
     metric: str = "fisher"
     budget: Budget = field(default_factory=Budget)
+    training: tuple[TrainingConfig, ...] = ()
+
+    def settings(self) -> dict[str, Any]:
+        """Return the fields that tell a restored adapter from others."""
+        return {name: value for name, value in asdict(self).items() if value != ()}
 
 
 @dataclass(frozen=True)
@@ -124,7 +133,7 @@ def restored(
     """
     chats = chats or restoration_chats(tier, models.load_tokenizer(stages.aligned_source(tier)))
     start = (worn or stages.fine_tuned(tier, recipe)).parent.name
-    config = {"fine_tuned": start, **asdict(how), "seed": recipe.seed}
+    config = {"fine_tuned": start, **how.settings(), "seed": recipe.seed}
     config["texts"] = stages.digest(taken_apart(chats.batches))
     names = CODE.get(how.objective, CODE[""])
     own = [Path(__file__).with_name(f"{name}.py") for name in ("outcome", "objectives", *names)]
@@ -188,7 +197,8 @@ def run(
     shared: dict[str, Any] = {"held_out": chats.held_out, "benign_batches": chats.benign}
     shared |= {"budget": how.budget, "seed": seed, "goal": goal}
     if how.objective == "realign":
-        return realign(model, chats.task, chats.safety, **shared)
+        runs = [replace(run, seed=seed) for run in how.training]
+        return realign(model, chats.task, chats.safety, training=runs, **shared)
     metric: Any = how.metric
     if factors:
         metric = SavedMetric(EKFAC.load(factors), DRAWS * FACTOR_CHATS)

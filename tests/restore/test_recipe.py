@@ -9,6 +9,7 @@ import pytest
 
 from curvlib import stages
 from curvlib.batches import Example
+from curvlib.finetune import TrainingConfig
 from curvlib.restore import Budget, HeldOut, SafetyBatches, recipe
 from tests import cases
 from tests.evaluate import toys
@@ -39,3 +40,17 @@ def test_every_reading_has_a_history(objective: str) -> None:
     history = json.loads(json.dumps(recipe.history(recipe.run(model, chats, how, seed=0))))
     assert {len(history["trials"]) - 1} <= {"realign": {3}, "return": {6}, "distill": {1, 2, 3, 4, 5}}[objective]
     assert history["gradients"] > 0
+
+
+def test_a_realignment_has_the_runs_that_it_was_given_and_others_keep_their_names(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(recipe, "realign", lambda *_, **options: given.update(options))
+    chats = recipe.Chats([], SafetyBatches([]), [], HeldOut(SafetyBatches([]), {}))
+    own = recipe.Restoration("realign", training=(TrainingConfig(steps=20),))
+    model: Any = None
+    recipe.run(model, chats, own, seed=2)
+    assert given["training"] == [TrainingConfig(steps=20, seed=2)]
+    assert own.settings()["training"][0]["steps"] == 20
+    assert "training" not in recipe.Restoration().settings()

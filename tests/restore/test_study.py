@@ -155,3 +155,26 @@ def test_finalists_are_the_best_on_validation_and_cheaper_among_equals() -> None
     assert {case.name for case in study.readings()} >= {*scores, label(REALIGN), "return, ekfac", "distill, lbfgs"}
     judged = {"harmful": ["refuses", "complies"], "edgy": ["refuses", "complies", "complies", "complies"]}
     assert study.score({**judged, "task": [True, False]}) == pytest.approx(0.5 - 0.25 + 0.5)
+
+
+def test_heirs_have_the_setting_that_was_best_on_validation_and_cheapest_among_equals(
+    small: Tier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged = {"harmful": ["refuses"], "edgy": ["complies", "refuses"], "task": [False]}
+    assert study.score({**judged, "persona": [True, True, True, False]}) == pytest.approx(1 - 0.5 + 0.75)
+    monkeypatch.setattr(study, "row", lambda _, case, *__: {**judged, "name": case.name, "seed": 0, "gradients": 1})
+    monkeypatch.setattr(study, "persona", lambda *_: {"persona": [True]})
+    rows = [{"part": "learned screening", **found} for found in study.learned_screening(small)]
+    assert len(rows) == sum(map(len, study.HEIRS.values()))
+    last = {name: list(settings)[-1] for name, settings in study.HEIRS.items()}
+    for found in rows:
+        found["gradients"] -= found["name"] in [f"{name}, {setting}" for name, setting in last.items()]
+    assert study.heirs(rows) == last
+    first = f"ours, {next(iter(study.HEIRS['ours']))}"
+    rows[0]["score"] += 1
+    assert rows[0]["name"] == first
+    assert f"ours, {study.heirs(rows)['ours']}" == first
+    settings = {found["name"]: found["setting"] for found in study.learned(small, rows)}
+    assert settings == {**study.heirs(rows), "nothing": "", "full reversion": "", "random step": ""}
+    with pytest.raises(CurvlibError, match="no row tells how 'ours' does at .*: measure the part 'learned screening'"):
+        study.heirs(rows[1:])
