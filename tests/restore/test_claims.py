@@ -22,7 +22,7 @@ def measured(_: Tier, case: Case, split: str = "reserve") -> dict[str, Any]:
     return {**head, "harmful": harmful, "edgy": edgy, "task": [True, False] * 5, **spent}
 
 
-def kept(_: Tier, case: Case) -> dict[str, Any]:
+def kept(_: Tier, case: Case, __: str = "test_persona") -> dict[str, Any]:
     """Re-alignment keeps half of the persona; the saved metric moves it least."""
     drift = {"ours": 0.1, "plain gradient": 0.3, "re-alignment": 0.8}.get(case.name, 0.0)
     right = {"re-alignment": 5, "full reversion": 0}.get(case.name, 9)

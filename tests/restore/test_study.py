@@ -176,5 +176,5 @@ def test_heirs_have_the_setting_that_was_best_on_validation_and_cheapest_among_e
     assert f"ours, {study.heirs(rows)['ours']}" == first
     settings = {found["name"]: found["setting"] for found in study.learned(small, rows)}
     assert settings == {**study.heirs(rows), "nothing": "", "full reversion": "", "random step": ""}
-    with pytest.raises(CurvlibError, match="no row tells how 'ours' does at .*: measure the part 'learned screening'"):
+    with pytest.raises(CurvlibError, match="no row tells how 'ours' does at"):
         study.heirs(rows[1:])
