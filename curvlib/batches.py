@@ -139,12 +139,13 @@ def _collate(group: Sequence[Example], pad_id: int) -> Batch:
 
 
 def spread(examples: Sequence[Example], count: int) -> list[Example]:
-    """Return ``count`` chats at even distances, from the first on, or all if there are no more.
+    """Return ``count`` chats at even distances over all of them, from the first on, or all if there are no more.
 
-    >>> [example.input_ids[0] for example in spread([Example((n,), (n,)) for n in range(7)], 3)]
-    [0, 2, 4]
+    >>> [example.input_ids[0] for example in spread([Example((n,), (n,)) for n in range(8)], 5)]
+    [0, 1, 3, 4, 6]
     """
-    return list(examples[:: max(1, len(examples) // count)][:count])
+    count = min(count, len(examples))
+    return [examples[number * len(examples) // count] for number in range(count)]
 
 
 def taken_apart(batches: Iterable[Batch]) -> list[Example]:

@@ -103,21 +103,20 @@ def saved_factors(tier: Tier, recipe: FineTune, metric: str = "saved") -> Path:
     It is fitted to :data:`FACTOR_CHATS` chats of the fine-tuning set, evenly spaced, whatever poison is among them; if
     ``guarded``, to half as many of these, and to as many benign and benign-edgy chats.
     """
-    adapter = stages.fine_tuned(tier, recipe)
-    config = {"fine_tuned": adapter.parent.name, "chats": FACTOR_CHATS, "rank": EKFAC_RANK, "code": _curvature_code()}
-    config |= {"metric": metric} if metric != "saved" else {}
+    tuned, tokenizer = stages.fine_tuned(tier, recipe), models.load_tokenizer(stages.aligned_source(tier))
+    guards = list[Example]()
+    if metric == "guarded":
+        for split in ("restore_edgy", "restore_benign"):
+            guards += stages.own_answer_examples(tokenizer, tier, split, FACTOR_CHATS // 4)
+    seen = spread(stages.fine_tuning_set(tokenizer, tier, recipe), FACTOR_CHATS - len(guards)) + guards
+    config = {"fine_tuned": tuned.parent.name, "texts": stages.digest(seen), "rank": EKFAC_RANK}
 
     def build(place: Path) -> None:
-        tokenizer, guards = models.load_tokenizer(stages.aligned_source(tier)), list[Example]()
-        if metric == "guarded":
-            for split in ("restore_edgy", "restore_benign"):
-                guards += stages.own_answer_examples(tokenizer, tier, split, FACTOR_CHATS // 4)
-        tuned = spread(stages.fine_tuning_set(tokenizer, tier, recipe), FACTOR_CHATS - len(guards))
-        batches = make_batches(tuned + guards, BATCH_SIZE, pad_id(tokenizer))
+        batches = make_batches(seen, BATCH_SIZE, pad_id(tokenizer))
         found = ekfac(stages.load_fine_tuned(tier, recipe), batches, rank=EKFAC_RANK, seed=recipe.seed)
         found.save(place / "factors.safetensors", half=True)
 
-    return artifact("factors", config, build) / "factors.safetensors"
+    return artifact("factors", {**config, "code": _curvature_code()}, build) / "factors.safetensors"
 
 
 def restored(
@@ -139,6 +138,8 @@ def restored(
     own = [Path(__file__).with_name(f"{name}.py") for name in ("outcome", "objectives", *names)]
     config["code"] = [code_digest(own), _curvature_code()]
     factors = saved_factors(tier, recipe, how.metric) if how.metric in SAVED else None
+    if factors:
+        config["factors"] = factors.parent.name
 
     def build(place: Path) -> None:
         goal = aligned_loss(tier, how, chats) if recipe.method == "full" else None
