@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from itertools import product
 from typing import Any
 
 from curvlib.errors import CurvlibError
 from curvlib.evaluate.scorecard import scorecard
 from curvlib.finetune import TrainingConfig
 from curvlib.progress import bar
-from curvlib.restore import realign, weighted_return
+from curvlib.restore import weighted_return
 from curvlib.restore.cases import POISONED, Case, Row, cost, key, load
 from curvlib.restore.measures import attacks, persona, utility
 from curvlib.restore.metrics import METRICS
@@ -42,7 +41,7 @@ HEIRS = {  # settings of contenders without the task's chats: distillation holds
     },
     "re-alignment": {
         f"{steps} steps at {rate:g}": Restoration("realign", training=(TrainingConfig(steps, learning_rate=rate),))
-        for steps, rate in product((10, 20), realign.RATES)
+        for steps, rate in ((10, 5e-4), (10, 1e-3), (20, 2e-4), (20, 5e-4), (20, 1e-3), (40, 1e-4), (40, 2e-4))
     },
 }
 FEW, ALONE = (1, 4, 16), "no task or benign chats"  # regimes: numbers of safety chats, and nothing but these
