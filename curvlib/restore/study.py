@@ -41,7 +41,7 @@ HEIRS = {  # settings of contenders without the task's chats: distillation holds
     },
     "re-alignment": {
         f"{steps} steps at {rate:g}": Restoration("realign", training=(TrainingConfig(steps, learning_rate=rate),))
-        for steps, rate in ((10, 5e-4), (10, 1e-3), (20, 2e-4), (20, 5e-4), (20, 1e-3), (40, 2e-4))
+        for steps, rate in ((10, 2e-4), (10, 5e-4), (10, 1e-3), (20, 2e-4), (20, 5e-4), (20, 1e-3), (40, 2e-4))
     },
 }
 FEW, ALONE = (1, 4, 16), "no task or benign chats"  # regimes: numbers of safety chats, and nothing but these
