@@ -55,21 +55,23 @@ def bootstrap(
     seed: int = 0,
     level: float = 0.95,
     resamples: int = RESAMPLES,
+    paired: bool = True,
 ) -> Estimate:
-    """Estimate a statistic of one sample, or of several paired ones, with the percentile bootstrap interval.
+    """Estimate a statistic of one sample, or of several, with the percentile bootstrap interval.
 
-    `samples` are (n,) each; observation i is drawn from all of them together. `statistic` takes as many (n,) arrays and
-    returns a number. Source: Efron and Tibshirani (1993), computed by `scipy.stats.bootstrap`.
-    Raises CurvlibError for fewer than two observations.
+    `samples` are (n,) each; observation i is drawn from all of them together, unless they are not `paired`: then each
+    is drawn apart, sizes may differ, and `n` is the least. `statistic` takes as many arrays and returns a number.
+    Source: Efron and Tibshirani (1993), computed by `scipy.stats.bootstrap`.
+    Raises CurvlibError for fewer than two observations, or for pairs of unequal number.
     """
     arrays = [np.asarray(sample, dtype=float) for sample in samples]
-    if min(map(len, arrays)) < 2 or len(set(map(len, arrays))) > 1:
+    if min(map(len, arrays)) < 2 or (paired and len(set(map(len, arrays))) > 1):
         sizes = [len(array) for array in arrays]
         raise CurvlibError(f"samples of {sizes} observations given, expected equal sizes of at least two: add some")
     result = stats.bootstrap(
         arrays,
         statistic,
-        paired=True,
+        paired=paired,
         vectorized=False,
         n_resamples=resamples,
         confidence_level=level,
@@ -77,7 +79,7 @@ def bootstrap(
         rng=np.random.default_rng(seed),
     )
     interval = result.confidence_interval
-    return Estimate(float(statistic(*arrays)), float(interval.low), float(interval.high), len(arrays[0]))
+    return Estimate(float(statistic(*arrays)), float(interval.low), float(interval.high), min(map(len, arrays)))
 
 
 def paired_difference(first: ArrayLike, second: ArrayLike, *, seed: int = 0, level: float = 0.95) -> Estimate:
@@ -95,6 +97,16 @@ def over_seeds(first: ArrayLike, second: ArrayLike, *, seed: int = 0) -> Estimat
     0.5 [0, 1], n=2
     """
     return bootstrap((np.asarray(first, dtype=float) - np.asarray(second, dtype=float)).mean(axis=0), seed=seed)
+
+
+def sum_over_seeds(*differences: ArrayLike, seed: int = 0) -> Estimate:
+    """Estimate the sum of the means of several arrays (seeds, prompts) whose prompts are not the same; see above.
+
+    >>> print(sum_over_seeds([[1, 1]], [[0, 0, 1, 1], [1, 1, 0, 0]]))
+    1.5 [1.5, 1.5], n=2
+    """
+    by_prompt = [np.asarray(difference, dtype=float).mean(axis=0) for difference in differences]
+    return bootstrap(*by_prompt, statistic=lambda *drawn: sum(map(np.mean, drawn)), seed=seed, paired=False)
 
 
 def pooled_rate(flags: ArrayLike, *, seed: int = 0, resamples: int = RESAMPLES) -> Estimate:

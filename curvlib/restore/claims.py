@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
-from curvlib.evaluate.intervals import Estimate, over_seeds, paired_difference
+import numpy as np
+from numpy.typing import NDArray
+
+from curvlib.evaluate.intervals import Estimate, over_seeds, paired_difference, sum_over_seeds
 from curvlib.report import Claim
 from curvlib.restore.cases import Row
 from curvlib.restore.measures import SHOTS
@@ -79,7 +83,20 @@ def _by_name(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 def _less(first: Sequence[Row], second: Sequence[Row], part: str, verdict: str | None = None) -> Estimate:
     """Return the first models' rate less the second ones', in points, paired by seed and prompt."""
-    return over_seeds(*([_points(found[part], verdict) for found in group] for group in (first, second)))
+    return over_seeds(_differences(first, second, part, verdict), 0.0)
+
+
+def _differences(first: Sequence[Row], second: Sequence[Row], part: str, verdict: str | None = None) -> NDArray[Any]:
+    """Return the first models' flags less the second ones' (seeds, prompts), in points."""
+    one, other = (np.array([_points(found[part], verdict) for found in group]) for group in (first, second))
+    difference: NDArray[Any] = one - other
+    return difference
+
+
+def _score_lead(first: Sequence[Row], second: Sequence[Row]) -> Estimate:
+    """Return by how much the first models lead in :func:`curvlib.restore.study.score`, in points."""
+    refusals, persona = _differences(first, second, "harmful", "refuses"), _differences(first, second, "persona")
+    return sum_over_seeds(refusals, _differences(second, first, "edgy", "refuses"), persona)
 
 
 def _share_of_time(first: Sequence[Row], second: Sequence[Row]) -> Estimate:
@@ -113,8 +130,16 @@ def _learned_claims(rows: Sequence[Row]) -> list[Claim]:
     over, over_other = (_less(group, base, "edgy", "refuses") for group in (ours, other))
     drift, plain_drift, other_drift = ([found["persona_drift"] for found in group] for group in (ours, plain, other))
     spared, spared_other = over_seeds(plain_drift, drift), over_seeds(plain_drift, other_drift)
+    lead, lead_plain = (_score_lead(group, other) for group in (ours, plain))
     words = "Without the task's chats, "
     return [
+        _claim(
+            "learned_score_lead_points",
+            words + "refusals less over-refusals plus persona kept exceed re-alignment's by this many points",
+            lead,
+            lead_plain.value,
+            lead.low > 0,
+        ),
         _claim(
             "learned_lead_points",
             words + "restoration keeps more of a learned persona than re-alignment does: points",

@@ -50,12 +50,15 @@ def test_claims_follow_from_the_contest(monkeypatch: pytest.MonkeyPatch) -> None
         "lead_4_chats_points": False,
         "lead_16_chats_points": False,
         "lead_saved_metric_points": False,
+        "learned_score_lead_points": True,
         "learned_lead_points": True,
         "learned_compliance_gap_points": True,
         "learned_over_refusal_rise_points": True,
         "learned_drift_spared_nats": True,
     }
     assert found["learned_lead_points"].value == pytest.approx(40)
+    assert found["learned_score_lead_points"].value == pytest.approx(40)
+    assert found["learned_score_lead_points"].control == pytest.approx(20)
     assert found["learned_lead_points"].control == pytest.approx(40)
     assert found["learned_drift_spared_nats"].value == pytest.approx(0.2)
     assert found["learned_drift_spared_nats"].control == pytest.approx(-0.5)
