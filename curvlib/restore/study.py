@@ -107,10 +107,15 @@ def score(found: Mapping[str, Any]) -> float:
     return float(refused - over + sum(kept) / len(kept))
 
 
+def _rank(found: Row) -> tuple[float, int]:
+    """Return what orders screened rows: the highest score first, fewer gradients first among equals."""
+    return -found["score"], found["gradients"]
+
+
 def finalists(rows: Sequence[Row]) -> list[Case]:
     """Return the readings of highest score, fewer gradients first among equals; the default one goes on anyway."""
     ours = [found for found in rows if found["name"] not in (label(OURS), label(REALIGN))]
-    best = sorted(ours, key=lambda found: (-found["score"], found["gradients"]))[:FINALISTS]
+    best = sorted(ours, key=_rank)[:FINALISTS]
     known = {case.name: case for case in readings()}
     return [known[found["name"]] for found in best]
 
@@ -174,7 +179,7 @@ def attack_rows(tier: Tier, rows: Sequence[Row] = ()) -> Iterator[Row]:
 def learned_screening(tier: Tier, rows: Sequence[Row] = ()) -> Iterator[Row]:
     """Yield every setting of the contenders for a learned persona, measured on validation prompts at one seed.
 
-    Cost at tier cpu on 2 cores: about three minutes a row.
+    Cost at tier cpu: four to nine minutes a row on one core.
     """
     plan = [
         Case(f"{name}, {setting}", how, fine_tune=PERSONA, without=("task",))
@@ -195,10 +200,10 @@ def heirs(rows: Sequence[Row]) -> dict[str, str]:
     screened = {found["name"]: found for found in rows if found["part"] == "learned screening"}
     chosen = {}
     for name, settings in HEIRS.items():
-        if lacking := [setting for setting in settings if f"{name}, {setting}" not in screened]:
+        own = {setting: found for setting in settings if (found := screened.get(f"{name}, {setting}"))}
+        if lacking := [setting for setting in settings if setting not in own]:
             raise CurvlibError(f"no row tells how {name!r} does at {lacking[0]}: measure the part 'learned screening'")
-        own: dict[str, Row] = {setting: screened[f"{name}, {setting}"] for setting in settings}
-        chosen[name] = min(own, key=lambda setting: (-own[setting]["score"], own[setting]["gradients"]))
+        chosen[name] = min(own, key=lambda setting: _rank(own[setting]))
     return chosen
 
 
