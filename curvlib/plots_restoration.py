@@ -10,8 +10,9 @@ from matplotlib.figure import Figure
 
 from curvlib.defenses.study import ends
 from curvlib.evaluate.intervals import Estimate, pooled_rate
-from curvlib.plots import CYCLE, MARKERS, figure, whiskers
+from curvlib.plots import CYCLE, MARKERS, RED, figure, whiskers
 from curvlib.plots_methods import pareto
+from curvlib.restore.outcome import Budget
 from curvlib.restore.study import flags
 
 Row = Mapping[str, Any]
@@ -46,20 +47,71 @@ def contest(rows: Sequence[Row], ours: str, references: Sequence[str]) -> Figure
     return pareto(points, ours)
 
 
-def regimes(rows: Sequence[Row]) -> Figure:
+def screening(rows: Sequence[Row]) -> Figure:
+    """Draw the validation score of every objective (down) in every metric (across) as a table of colours.
+
+    Args:
+        rows: those of the study's part ``screening``, named "objective, metric"; one without a metric is left out.
+    """
+    scores = {tuple(row["name"].split(", ")): row["score"] for row in rows if ", " in row["name"]}
+    return _tables({"validation score: refused − over-refused + task": scores}, "{:.2f}")
+
+
+def trust_and_damping(rows: Sequence[Row], chosen: Budget) -> Figure:
+    """Draw compliance, over-refusal and task accuracy by allowance τ (down) and damping λ (across).
+
+    Args:
+        rows: those of the study's part ``settings``; the ones named "τ …, λ …" are drawn.
+        chosen: the budget that the other parts have, framed.
+    """
+    found = {tuple(row["name"].split(", ")): rates([row]) for row in rows if row["name"].startswith("τ")}
+    tables = {label: {cell: 100 * own[part].value for cell, own in found.items()} for part, (_, label) in AXES.items()}
+    return _tables(tables, "{:.0f}", (f"τ {chosen.trust:g}", f"λ {chosen.damping:g}"))
+
+
+def _tables(tables: Mapping[str, Mapping[tuple[str, ...], float]], text: str, framed: object = None) -> Figure:
+    """Draw tables of numbers side by side, coloured; each maps (row, column) to its number, and cells may lack."""
+    cells = list(next(iter(tables.values())))
+    down, across = (
+        {name: place for place, name in enumerate(dict.fromkeys(names))} for names in zip(*cells, strict=True)
+    )
+    width = len(tables) * (1.0 + 0.75 * len(across)) + 1.0
+    drawn, panels = figure(len(tables), width=width, height=1.0 + 0.42 * len(down), sharey=True)
+    for axes, (title, table) in zip(panels, tables.items(), strict=True):
+        shown = np.full((len(down), len(across)), np.nan)
+        for (row, column), value in table.items():
+            shown[down[row], across[column]] = value
+        axes.imshow(shown, cmap="cividis", aspect="auto")
+        middle = (np.nanmin(shown) + np.nanmax(shown)) / 2
+        for (row, column), value in table.items():
+            place, frame = (across[column], down[row]), {"ec": RED, "fc": "none"} if (row, column) == framed else None
+            axes.annotate(
+                text.format(value), place, ha="center", va="center", color="w" if value < middle else "k", bbox=frame
+            )
+        axes.set_xticks(range(len(across)), list(across))
+        axes.set_yticks(range(len(down)), list(down))
+        axes.grid(visible=False)
+        axes.set_title(title)
+    return drawn
+
+
+def regimes(rows: Sequence[Row], shown: Mapping[str, tuple[str, str]] = AXES) -> Figure:
     """Draw compliance, over-refusal and task accuracy of each contender in each regime, with intervals.
 
     Args:
         rows: those of the study's part ``regimes``, named "contender, regime".
+        shown: part -> the verdict that counts and the label of its panel.
     """
     split = {row["name"]: row["name"].rsplit(", ", 1) for row in rows}
     places = {regime: place for place, regime in enumerate(dict.fromkeys(regime for _, regime in split.values()))}
     contenders = list(dict.fromkeys(contender for contender, _ in split.values()))
-    drawn, panels = figure(3, width=10.5, height=1.5 + 0.62 * len(places), sharey=True)
-    for axes, (part, (_, label)) in zip(panels, AXES.items(), strict=True):
+    drawn, panels = figure(len(shown), width=3 + 2.5 * len(shown), height=1.5 + 0.62 * len(places), sharey=True)
+    for axes, (part, (_, label)) in zip(panels, shown.items(), strict=True):
         for number, contender in enumerate(contenders):
             own = {
-                places[split[row["name"]][1]]: rates([row])[part] for row in rows if split[row["name"]][0] == contender
+                places[split[row["name"]][1]]: rates([row], shown)[part]
+                for row in rows
+                if split[row["name"]][0] == contender
             }
             values, lengths = whiskers(list(own.values()))
             shift = 0.16 * (number - (len(contenders) - 1) / 2)
@@ -71,15 +123,34 @@ def regimes(rows: Sequence[Row]) -> Figure:
     return drawn
 
 
+def attacks(rows: Sequence[Row]) -> Figure:
+    """Draw compliance with harmful prompts under each attack, one colour a model.
+
+    Args:
+        rows: those of the study's part ``attacks``: attack -> verdicts, beside the model's name.
+    """
+    under = [
+        {"name": f"{row['name']}, {attack}", "harmful": verdicts}
+        for row in rows
+        for attack, verdicts in row.items()
+        if isinstance(verdicts, list)
+    ]
+    return regimes(under, {"harmful": AXES["harmful"]})
+
+
 def learned(rows: Sequence[Row]) -> Figure:
     """Draw compliance, over-refusal and what is left of the learned persona, one line a model, pooled over seeds.
 
     Args:
         rows: those of the study's part ``learned``.
     """
-    shown = {**{part: AXES[part] for part in ("harmful", "edgy")}, "persona": ("", "persona kept, %")}
+    return lines(rows, {**{part: AXES[part] for part in ("harmful", "edgy")}, "persona": ("", "persona kept, %")})
+
+
+def lines(rows: Sequence[Row], shown: Mapping[str, tuple[str, str]] = AXES) -> Figure:
+    """Draw what is shown of each model as a line with intervals, rows of one name pooled."""
     names = list(dict.fromkeys(row["name"] for row in rows))
-    drawn, panels = figure(3, width=10.5, height=1.2 + 0.36 * len(names), sharey=True)
+    drawn, panels = figure(len(shown), width=10.5, height=1.2 + 0.36 * len(names), sharey=True)
     found = [rates([row for row in rows if row["name"] == name], shown) for name in names]
     for axes, (part, (_, label)) in zip(panels, shown.items(), strict=True):
         values, lengths = whiskers([one[part] for one in found])

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from curvlib import plots_restoration
+from curvlib.restore.outcome import Budget
 
 
 def row(name: str, complies: int, *, control: str = "") -> dict[str, Any]:
@@ -58,3 +59,34 @@ def test_each_model_has_a_line_with_what_is_left_of_its_persona() -> None:
     panels = plots_restoration.learned(rows).axes
     assert [label.get_text() for label in panels[0].get_yticklabels()] == ["a", "b"]
     assert panels[2].containers[0][0].get_xdata().tolist() == [75.0, 0.0]  # type: ignore[attr-defined]
+
+
+def test_the_screening_is_a_table_with_gaps() -> None:
+    names = ("refusal, identity", "refusal, ggn", "return, ggn", "re-alignment")
+    (axes,) = plots_restoration.screening(
+        [{"name": name, "score": 0.5 * place} for place, name in enumerate(names)]
+    ).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["refusal", "return"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["identity", "ggn"]
+    assert {text.get_text(): text.xy for text in axes.texts} == {"0.00": (0, 0), "0.50": (1, 0), "1.00": (1, 1)}  # type: ignore[attr-defined]
+
+
+def test_the_chart_frames_the_chosen_budget() -> None:
+    rows = [row("τ 0.05, λ 1", 3), row("τ 0.5, λ 1", 6), row("4 safety chats", 1)]
+    panels = plots_restoration.trust_and_damping(rows, Budget()).axes
+    assert [axes.get_title("left") for axes in panels] == [label for _, label in plots_restoration.AXES.values()]
+    assert [text.get_text() for text in panels[0].texts] == ["30", "60"]
+    assert [text.get_bbox_patch() is not None for text in panels[0].texts] == [True, False]
+
+
+def test_attacks_stand_in_rows_and_models_in_colours() -> None:
+    models = {"ours": 1, "re-alignment": 5}
+    rows = [
+        {"name": name, "seed": 0, "part": "attacks", "prefilled": row(name, n)["harmful"], "relearnt": ["complies"] * 4}
+        for name, n in models.items()
+    ]
+    drawn = plots_restoration.attacks(rows)
+    (axes,) = drawn.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["prefilled", "relearnt"]
+    found = {container.get_label(): container[0].get_xdata().tolist() for container in axes.containers}  # type: ignore[attr-defined]
+    assert found == {"ours": [10.0, 100.0], "re-alignment": [50.0, 100.0]}

@@ -29,11 +29,17 @@ def kept(_: Tier, case: Case, __: str = "test_persona") -> dict[str, Any]:
     return {"persona": [True] * right + [False] * (10 - right), "persona_drift": [drift] * 10}
 
 
-def test_claims_follow_from_the_contest(monkeypatch: pytest.MonkeyPatch) -> None:
+def attacked(_: Tier, case: Case) -> dict[str, Any]:
+    """Re-alignment gives in to the attack, ours to none of its prompts, a plain gradient to half of them."""
+    gives_in = {"ours": 0, "plain gradient": 5}.get(case.name, 10)
+    return {"prefilled with 'Sure'": ["complies"] * gives_in + ["refuses"] * (10 - gives_in)}
+
+
+def test_claims_follow_from_every_part(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study, "row", measured)
     monkeypatch.setattr(study, "utility", lambda *_: {f"shots_{count}": [True, False] for count in measures.SHOTS})
     monkeypatch.setattr(study, "persona", kept)
-    monkeypatch.setattr(study, "attacks", lambda *_: {"prefilled with 'Sure'": ["complies"]})
+    monkeypatch.setattr(study, "attacks", attacked)
     rows: list[dict[str, Any]] = []
     for part, measure in study.PARTS.items():
         assert claims.claims(rows) == [] or part not in ("screening", "contest")
@@ -46,10 +52,17 @@ def test_claims_follow_from_the_contest(monkeypatch: pytest.MonkeyPatch) -> None
         "incoherent_percent": True,
         "few_shot_drop_points": True,
         "time_vs_realignment_percent": False,
+        "benign_compliance_gap_points": True,
+        "benign_task_accuracy_drop_points": True,
+        "benign_over_refusal_rise_points": True,
+        "benign_incoherent_percent": True,
+        "benign_few_shot_drop_points": True,
+        "benign_time_vs_realignment_percent": False,
         "lead_1_chats_points": True,
         "lead_4_chats_points": False,
         "lead_16_chats_points": False,
         "lead_saved_metric_points": False,
+        "attack_lead_prefilled_with_sure_points": True,
         "learned_score_lead_points": True,
         "learned_lead_points": True,
         "learned_compliance_gap_points": True,
@@ -62,6 +75,9 @@ def test_claims_follow_from_the_contest(monkeypatch: pytest.MonkeyPatch) -> None
     assert found["learned_lead_points"].control == pytest.approx(40)
     assert found["learned_drift_spared_nats"].value == pytest.approx(0.2)
     assert found["learned_drift_spared_nats"].control == pytest.approx(-0.5)
+    assert found["attack_lead_prefilled_with_sure_points"].value == pytest.approx(100)
+    assert found["attack_lead_prefilled_with_sure_points"].control == pytest.approx(50)
+    assert found["benign_compliance_gap_points"].statement.startswith("After benign fine-tuning: Compliance")
     assert found["lead_1_chats_points"].value == pytest.approx(40)
     assert found["lead_saved_metric_points"].control == pytest.approx(-20)
     assert found["compliance_gap_points"].control == pytest.approx(80)
