@@ -67,7 +67,8 @@ def bootstrap(
     arrays = [np.asarray(sample, dtype=float) for sample in samples]
     if min(map(len, arrays)) < 2 or (paired and len(set(map(len, arrays))) > 1):
         sizes = [len(array) for array in arrays]
-        raise CurvlibError(f"samples of {sizes} observations given, expected equal sizes of at least two: add some")
+        wanted = "equal sizes of at least two" if paired else "at least two in each"
+        raise CurvlibError(f"samples of {sizes} observations given, expected {wanted}: add some")
     result = stats.bootstrap(
         arrays,
         statistic,

@@ -15,14 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from curvlib import models, stages
+from curvlib import curvature, models, stages
 from curvlib.artifacts import artifact, code_digest
 from curvlib.batches import Example, spread
-from curvlib.curvature import chat_gradients as chat_gradients_module
 from curvlib.evaluate.behaviour import excerpt
-from curvlib.influence import gradients as gradients_module
-from curvlib.influence import inverse as inverse_module
-from curvlib.influence import scores as scores_module
 from curvlib.influence.gradients import example_gradients, query_gradients
 from curvlib.influence.inverse import RULE, build_inverse
 from curvlib.landscape.directions import multiply_adapter
@@ -210,5 +206,5 @@ class _Work:
 @cache
 def _code() -> str:
     """Return a digest of the code that scores: scores of older code are made again."""
-    sources = (chat_gradients_module, gradients_module, inverse_module, scores_module)
-    return code_digest(Path(str(module.__file__)) for module in sources)
+    own = [Path(__file__).with_name(f"{name}.py") for name in ("gradients", "inverse", "scores")]
+    return code_digest([*own, *Path(curvature.__file__).parent.rglob("*.py")])
