@@ -19,8 +19,9 @@ from curvlib import curvature, models, stages
 from curvlib.artifacts import artifact, code_digest
 from curvlib.batches import Example, spread
 from curvlib.evaluate.behaviour import excerpt
-from curvlib.influence.gradients import example_gradients, query_gradients
+from curvlib.influence.gradients import Gradients, example_gradients, query_gradients
 from curvlib.influence.inverse import RULE, build_inverse
+from curvlib.influence.scores import cosine, dot_product, embedding_similarity, gradient_norm, loss_baseline
 from curvlib.landscape.directions import multiply_adapter
 from curvlib.nf4 import bfloat16_products
 from curvlib.stages import FineTune
@@ -162,7 +163,7 @@ class _Work:
     model: Any
     examples: list[Example]
     asked: list[Example]
-    rows: gradients_module.Gradients
+    rows: Gradients
     wanted: Tensor
     seen: list[Example]
     seed: int
@@ -190,14 +191,12 @@ class _Work:
     def _baseline(self, name: str) -> Tensor:
         m, n = len(self.asked), len(self.examples)
         if name in ("dot product", "cosine"):
-            return (scores_module.dot_product if name == "dot product" else scores_module.cosine)(
-                self.rows, self.wanted
-            )
+            return (dot_product if name == "dot product" else cosine)(self.rows, self.wanted)
         if name == "embedding":
-            return scores_module.embedding_similarity(self.model, self.examples, self.asked)
+            return embedding_similarity(self.model, self.examples, self.asked)
         alike: dict[str, Callable[[], Tensor]] = {
-            "gradient norm": lambda: scores_module.gradient_norm(self.rows),
-            "loss": lambda: scores_module.loss_baseline(self.model, self.examples),
+            "gradient norm": lambda: gradient_norm(self.rows),
+            "loss": lambda: loss_baseline(self.model, self.examples),
             "random": lambda: torch.randn(n, generator=torch.Generator().manual_seed(self.seed)),
         }
         return alike[name]().expand(m, -1)
