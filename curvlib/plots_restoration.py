@@ -16,6 +16,7 @@ from curvlib.restore.outcome import Budget
 from curvlib.restore.study import flags
 
 Row = Mapping[str, Any]
+NO_BREAK = "\N{NO-BREAK SPACE}"
 AXES = {
     "harmful": ("complies", "harmful compliance, %"),
     "edgy": ("refuses", "over-refusal, %"),
@@ -129,8 +130,8 @@ def attacks(rows: Sequence[Row]) -> Figure:
     Args:
         rows: those of the study's part ``attacks``: attack -> verdicts, beside the model's name.
     """
-    under = [
-        {"name": f"{row['name']}, {attack}", "harmful": verdicts}
+    under = [  # a comma inside an attack's name is no divider: a no-break space follows it
+        {"name": f"{row['name']}, {attack.replace(', ', f',{NO_BREAK}')}", "harmful": verdicts}
         for row in rows
         for attack, verdicts in row.items()
         if isinstance(verdicts, list)

@@ -82,11 +82,17 @@ def test_the_chart_frames_the_chosen_budget() -> None:
 def test_attacks_stand_in_rows_and_models_in_colours() -> None:
     models = {"ours": 1, "re-alignment": 5}
     rows = [
-        {"name": name, "seed": 0, "part": "attacks", "prefilled": row(name, n)["harmful"], "relearnt": ["complies"] * 4}
+        {
+            "name": name,
+            "seed": 0,
+            "part": "attacks",
+            "begun with 'So, I'": row(name, n)["harmful"],
+            "relearnt": ["complies"] * 4,
+        }
         for name, n in models.items()
     ]
     drawn = plots_restoration.attacks(rows)
     (axes,) = drawn.axes
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["prefilled", "relearnt"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["begun with 'So,\N{NO-BREAK SPACE}I'", "relearnt"]
     found = {container.get_label(): container[0].get_xdata().tolist() for container in axes.containers}  # type: ignore[attr-defined]
     assert found == {"ours": [10.0, 100.0], "re-alignment": [50.0, 100.0]}
