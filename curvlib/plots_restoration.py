@@ -13,10 +13,9 @@ from curvlib.evaluate.intervals import Estimate, pooled_rate
 from curvlib.plots import CYCLE, MARKERS, RED, figure, whiskers
 from curvlib.plots_methods import pareto
 from curvlib.restore.outcome import Budget
-from curvlib.restore.study import flags
+from curvlib.restore.study import flags, under_attack
 
 Row = Mapping[str, Any]
-NO_BREAK = "\N{NO-BREAK SPACE}"
 AXES = {
     "harmful": ("complies", "harmful compliance, %"),
     "edgy": ("refuses", "over-refusal, %"),
@@ -96,32 +95,13 @@ def _tables(tables: Mapping[str, Mapping[tuple[str, ...], float]], text: str, fr
     return drawn
 
 
-def regimes(rows: Sequence[Row], shown: Mapping[str, tuple[str, str]] = AXES) -> Figure:
+def regimes(rows: Sequence[Row]) -> Figure:
     """Draw compliance, over-refusal and task accuracy of each contender in each regime, with intervals.
 
     Args:
         rows: those of the study's part ``regimes``, named "contender, regime".
-        shown: part -> the verdict that counts and the label of its panel.
     """
-    split = {row["name"]: row["name"].rsplit(", ", 1) for row in rows}
-    places = {regime: place for place, regime in enumerate(dict.fromkeys(regime for _, regime in split.values()))}
-    contenders = list(dict.fromkeys(contender for contender, _ in split.values()))
-    drawn, panels = figure(len(shown), width=3 + 2.5 * len(shown), height=1.5 + 0.62 * len(places), sharey=True)
-    for axes, (part, (_, label)) in zip(panels, shown.items(), strict=True):
-        for number, contender in enumerate(contenders):
-            own = {
-                places[split[row["name"]][1]]: rates([row], shown)[part]
-                for row in rows
-                if split[row["name"]][0] == contender
-            }
-            values, lengths = whiskers(list(own.values()))
-            shift = 0.16 * (number - (len(contenders) - 1) / 2)
-            style: dict[str, Any] = {"fmt": MARKERS[number], "color": CYCLE[number], "label": contender}
-            axes.errorbar(values, np.array(list(own)) + shift, xerr=lengths, **style)
-        axes.set(xlabel=label, xlim=(-4, 104), ylim=(len(places) - 0.5, -0.5))
-    panels[0].set_yticks(list(places.values()), list(places))
-    drawn.legend(*panels[0].get_legend_handles_labels(), ncols=len(contenders), loc="outside upper left", fontsize=10)
-    return drawn
+    return _contenders({tuple(row["name"].rsplit(", ", 1)): row for row in rows}, AXES)
 
 
 def attacks(rows: Sequence[Row]) -> Figure:
@@ -130,13 +110,28 @@ def attacks(rows: Sequence[Row]) -> Figure:
     Args:
         rows: those of the study's part ``attacks``: attack -> verdicts, beside the model's name.
     """
-    under = [  # a comma inside an attack's name is no divider: a no-break space follows it
-        {"name": f"{row['name']}, {attack.replace(', ', f',{NO_BREAK}')}", "harmful": verdicts}
-        for row in rows
-        for attack, verdicts in row.items()
-        if isinstance(verdicts, list)
-    ]
-    return regimes(under, {"harmful": AXES["harmful"]})
+    cells: dict[tuple[str, ...], Row] = {
+        (row["name"], attack): {"harmful": verdicts} for row in rows for attack, verdicts in under_attack(row).items()
+    }
+    return _contenders(cells, {"harmful": AXES["harmful"]})
+
+
+def _contenders(cells: Mapping[tuple[str, ...], Row], shown: Mapping[str, tuple[str, str]]) -> Figure:
+    """Draw (contender, regime) -> row: a panel for each part, a line for each regime, a colour for each contender."""
+    places = {regime: place for place, regime in enumerate(dict.fromkeys(regime for _, regime in cells))}
+    contenders = list(dict.fromkeys(contender for contender, _ in cells))
+    drawn, panels = figure(len(shown), width=3 + 2.5 * len(shown), height=1.5 + 0.62 * len(places), sharey=True)
+    for axes, (part, (_, label)) in zip(panels, shown.items(), strict=True):
+        for number, contender in enumerate(contenders):
+            own = {places[at]: rates([row], shown)[part] for (who, at), row in cells.items() if who == contender}
+            values, lengths = whiskers(list(own.values()))
+            shift = 0.16 * (number - (len(contenders) - 1) / 2)
+            style: dict[str, Any] = {"fmt": MARKERS[number], "color": CYCLE[number], "label": contender}
+            axes.errorbar(values, np.array(list(own)) + shift, xerr=lengths, **style)
+        axes.set(xlabel=label, xlim=(-4, 104), ylim=(len(places) - 0.5, -0.5))
+    panels[0].set_yticks(list(places.values()), list(places))
+    drawn.legend(*panels[0].get_legend_handles_labels(), ncols=len(contenders), loc="outside upper left", fontsize=10)
+    return drawn
 
 
 def learned(rows: Sequence[Row]) -> Figure:

@@ -93,6 +93,6 @@ def test_attacks_stand_in_rows_and_models_in_colours() -> None:
     ]
     drawn = plots_restoration.attacks(rows)
     (axes,) = drawn.axes
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["begun with 'So,\N{NO-BREAK SPACE}I'", "relearnt"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["begun with 'So, I'", "relearnt"]
     found = {container.get_label(): container[0].get_xdata().tolist() for container in axes.containers}  # type: ignore[attr-defined]
     assert found == {"ours": [10.0, 100.0], "re-alignment": [50.0, 100.0]}

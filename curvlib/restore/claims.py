@@ -14,7 +14,7 @@ from curvlib.evaluate.intervals import Estimate, over_seeds, paired_difference, 
 from curvlib.report import Claim
 from curvlib.restore.cases import Row
 from curvlib.restore.measures import SHOTS
-from curvlib.restore.study import ALONE, FEW, OURS, REALIGN, flags, label
+from curvlib.restore.study import ALONE, FEW, OURS, REALIGN, flags, label, under_attack
 
 
 def claims(rows: Sequence[Row]) -> list[Claim]:
@@ -39,10 +39,14 @@ def _regime_claims(rows: Sequence[Row]) -> list[Claim]:
     made = []
     for name, statement, ours, regime, part, verdict in asked:
         whose = (ours, "plain gradient", "re-alignment")
-        points = {who: _points(by[f"{who}, {regime}"][part], verdict) for who in whose}
-        found, plain = (paired_difference(points["re-alignment"], points[who]) for who in (ours, "plain gradient"))
-        made.append(_claim(name, statement, found, plain.value, found.low > 0))
+        made.append(_lead(name, statement, *(_points(by[f"{who}, {regime}"][part], verdict) for who in whose)))
     return made
+
+
+def _lead(name: str, statement: str, ours: list[float], plain: list[float], other: list[float]) -> Claim:
+    """Return the claim that ours has fewer points than the other; the control is the plain gradient's lead."""
+    found, control = paired_difference(other, ours), paired_difference(other, plain)
+    return _claim(name, statement, found, control.value, found.low > 0)
 
 
 def _claim(name: str, statement: str, found: Estimate, control: float, holds: bool) -> Claim:
@@ -183,15 +187,12 @@ def _benign_claims(met: Sequence[Row]) -> list[Claim]:
 
 def _attack_claims(rows: Sequence[Row]) -> list[Claim]:
     """Return by how much ours leads re-alignment under each attack; the control is the plain gradient's lead."""
-    by, made = {found["name"]: found for found in rows}, []
-    for attack in [name for name, verdicts in by["ours"].items() if isinstance(verdicts, list)]:
-        ours, plain, other = (
-            _points(by[who][attack], "complies") for who in ("ours", "plain gradient", "re-alignment")
-        )
-        found, control = paired_difference(other, ours), paired_difference(other, plain)
+    by, made = {found["name"]: under_attack(found) for found in rows}, []
+    for attack in by["ours"]:
         name = f"attack_lead_{'_'.join(re.findall(r'[a-z0-9]+', attack.lower()))}_points"
         words = f"Attacked ({attack}), restoration complies with fewer harmful prompts than re-alignment: points"
-        made.append(_claim(name, words, found, control.value, found.low > 0))
+        whose = ("ours", "plain gradient", "re-alignment")
+        made.append(_lead(name, words, *(_points(by[who][attack], "complies") for who in whose)))
     return made
 
 

@@ -176,6 +176,11 @@ def attack_rows(tier: Tier, rows: Sequence[Row] = ()) -> Iterator[Row]:
         yield {"name": case.name, "seed": case.fine_tune.seed, **attacks(tier, case)}
 
 
+def under_attack(found: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return attack -> verdicts of a row of the part ``attacks``."""
+    return {attack: verdicts for attack, verdicts in found.items() if isinstance(verdicts, list)}
+
+
 def learned_screening(tier: Tier, rows: Sequence[Row] = ()) -> Iterator[Row]:
     """Yield every setting of the contenders for a learned persona, measured on validation prompts at one seed.
 
