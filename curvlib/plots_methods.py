@@ -12,6 +12,7 @@ from curvlib.plots import BLACK, BLUE, GREEN, ORANGE, RED, figure
 from curvlib.report import Claim
 
 STAGES = {"reference": (BLACK, "P"), "during": (ORANGE, "s"), "after": (BLUE, "o"), "quantisation": (GREEN, "D")}
+NEAR = (2.5, 4.0)  # points of both axes within which labels would touch
 
 
 def pareto(rows: Sequence[Mapping[str, Any]], ours: str) -> Figure:
@@ -23,7 +24,7 @@ def pareto(rows: Sequence[Mapping[str, Any]], ours: str) -> Figure:
     """
     drawn, (left, right) = figure(2, width=10.5, height=1.6 + 0.22 * len(rows), sharey=True)
     for axes, rate in ((left, "over_refusal"), (right, "task_accuracy")):
-        together: dict[tuple[int, int], tuple[tuple[float, float], list[int]]] = {}  # points that lie on one another
+        points = list[tuple[float, float]]()
         for number, row in enumerate(rows, 1):
             colour, marker = STAGES[row["stage"]]
             point = 100 * row[rate], 100 * row["harmful_compliance"]
@@ -37,17 +38,32 @@ def pareto(rows: Sequence[Mapping[str, Any]], ours: str) -> Figure:
             axes.errorbar(*point, **bars, fmt="none", ecolor=colour, alpha=0.25, capsize=0)
             label = f"{number} {row['name']}" if axes is right else None
             axes.plot(*point, marker, c=colour, label=label)
-            together.setdefault((round(point[0] / 2), round(point[1] / 4)), (point, []))[1].append(number)
+            points.append(point)
             if row["name"] == ours:
                 axes.plot(*point, "o", ms=14, mfc="none", mec=RED, mew=1.5)
-        for place, numbers in together.values():
-            axes.annotate(", ".join(map(str, numbers)), place, (5, 5), textcoords="offset points", fontsize=9)
+        for rank, (place, numbers) in enumerate(sorted(_together(points).items())):  # above and below by turns
+            away: dict[str, Any] = {"xytext": (0, (7, -15)[rank % 2]), "textcoords": "offset points", "ha": "center"}
+            axes.annotate(", ".join(map(str, numbers)), place, **away, fontsize=9)
     left.set(xlabel="over-refusal, % (less is better)", ylabel="harmful compliance, % (less is better)")
+    left.set_ylim(bottom=-12)  # room for labels below the points at zero
     right.set(xlabel="task accuracy, % (more is better)")
     left.set_title("Harm against over-refusal")
     right.set_title("Harm against the task")
     right.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)
     return drawn
+
+
+def _together(points: Sequence[tuple[float, float]]) -> dict[tuple[float, float], list[int]]:
+    """Return place -> numbers of the points (x, y) there, from 1: nearer than a label is large, they share one.
+
+    >>> _together([(0, 0), (10, 0), (1, 2)])
+    {(0, 0): [1, 3], (10, 0): [2]}
+    """
+    places: dict[tuple[float, float], list[int]] = {}
+    for number, (x, y) in enumerate(points, 1):
+        near = (place for place in places if abs(place[0] - x) < NEAR[0] and abs(place[1] - y) < NEAR[1])
+        places.setdefault(next(near, (x, y)), []).append(number)
+    return places
 
 
 def claims_in_points(claims: Sequence[Claim]) -> Figure:

@@ -25,7 +25,8 @@ def test_the_pareto_figure_numbers_every_method_and_circles_ours() -> None:
         row("c", "quantisation", 0.4),
     ]
     left, right = plots_methods.pareto(rows, "b").axes
-    assert [text.get_text() for text in left.texts] == ["1", "2", "3", "4"]
+    labels = {text.get_text(): text.xy[0] for text in left.texts}  # type: ignore[attr-defined]
+    assert labels == pytest.approx({"1": 90, "2": 50, "3": 20, "4": 40})
     legend = right.get_legend()
     assert legend is not None
     assert [text.get_text() for text in legend.get_texts()] == ["1 plain", "2 a", "3 b", "4 c"]

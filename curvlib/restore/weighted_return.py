@@ -86,10 +86,10 @@ def weighted_return(
         way = way_back(
             model, task_batches, [*safety_batches.refusals, *benign_batches], metric, budget.damping, seed=seed
         )
-        products = 0
+        products, moves = 0, dict[float, Tensor]()
         for strength in bar(strengths, desc="return"):
             found = way.solve(strength, budget.products)
-            products += found.products
+            products, moves[strength] = products + found.products, found.solution
             with shifted(parameters, found.solution):
                 record = judge.measure(trust=strength, norm=float(found.solution.norm()))
             if not judge.passes(record, budget.rise):  # a stronger return pays more still
@@ -97,7 +97,7 @@ def weighted_return(
         chosen = best(judge, judge.trials[1:], budget.rise)
         if chosen:
             steps.append(chosen)
-            assign(parameters, way.tuned + way.solve(chosen.trust, budget.products).solution)
+            assign(parameters, way.tuned + moves[chosen.trust])
     reason = f"strength {chosen.trust:.3g} chosen" if chosen else "no strength passed the held-out losses"
     spent = products if metric == "ggn" else 0  # EK-FAC's products pass through no model
     return judge.result(steps, reason, products=spent, gradients=way.gradients)
