@@ -43,7 +43,7 @@ class LowRankOperator(Operator):
     @property
     def scale(self) -> float:
         """The mean of the n eigenvalues that are not zero, the natural unit of damping."""
-        return float(self.rows.square().sum()) / len(self.rows)
+        return sum(float(row.square().sum()) for row in self.rows) / len(self.rows)  # at once would copy all rows
 
     def inverse(self, damping: float) -> LowRankInverse:
         r"""Return :math:`(U^\top U + \lambda I)^{-1}` as an operator.
