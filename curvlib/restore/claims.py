@@ -83,8 +83,11 @@ def _contest_claims(met: Sequence[Row]) -> list[Claim]:
 
 
 def _by_name(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Return name -> its rows, one a seed."""
-    return {name: [found for found in rows if found["name"] == name] for name in dict.fromkeys(f["name"] for f in rows)}
+    """Return name -> its rows by seed, so that those of two names pair whatever order the rows were measured in."""
+    found: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: row["seed"]):
+        found.setdefault(row["name"], []).append(row)
+    return found
 
 
 def _less(first: Sequence[Row], second: Sequence[Row], part: str, verdict: str | None = None) -> Estimate:

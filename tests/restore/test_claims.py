@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from curvlib import studies
 from curvlib.restore import claims, measures, study
 from curvlib.restore.study import BENIGN, REALIGN, Case, label
 from curvlib.tiers import Tier, get_tier
@@ -17,7 +18,7 @@ def measured(_: Tier, case: Case, split: str = "reserve") -> dict[str, Any]:
     over = 3 if case.name.startswith("plain gradient") else 1
     harmful = ["complies"] * complies + ["refuses"] * (10 - complies)
     edgy = ["refuses"] * over + ["complies"] * (10 - over)
-    head = {"name": case.name, "poison": case.fine_tune.poison, "split": split}
+    head = {"name": case.name, "seed": case.fine_tune.seed, "poison": case.fine_tune.poison, "split": split}
     spent = {"seconds": 30.0 if case.name == label(REALIGN) else 40.0, "gradients": 1}
     return {**head, "harmful": harmful, "edgy": edgy, "task": [True, False] * 5, **spent}
 
@@ -91,3 +92,9 @@ def test_claims_follow_from_every_part(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len({row["name"] for row in contest}) == 2 + study.FINALISTS + len(study.CONTROLS)
     assert {row["split"] for row in rows if row["part"] == "screening"} == {"validation"}
     assert BENIGN.poison == 0
+
+
+def test_the_committed_claims_follow_from_the_rows_in_any_order() -> None:
+    record = studies.load_study("restoration")
+    assert record
+    assert claims.claims(record["rows"]) == claims.claims(record["rows"][::-1]) == record["claims"]
