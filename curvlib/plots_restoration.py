@@ -12,10 +12,10 @@ from curvlib.defenses.study import ends
 from curvlib.evaluate.intervals import Estimate, pooled_rate
 from curvlib.plots import CYCLE, MARKERS, RED, figure, whiskers
 from curvlib.plots_methods import pareto
+from curvlib.restore.cases import Row
 from curvlib.restore.outcome import Budget
-from curvlib.restore.study import flags, under_attack
+from curvlib.restore.study import by_name, flags, under_attack
 
-Row = Mapping[str, Any]
 AXES = {
     "harmful": ("complies", "harmful compliance, %"),
     "edgy": ("refuses", "over-refusal, %"),
@@ -38,10 +38,10 @@ def contest(rows: Sequence[Row], ours: str, references: Sequence[str]) -> Figure
     """
     names = {"harmful": "harmful_compliance", "edgy": "over_refusal", "task": "task_accuracy"}
     points = []
-    for model in dict.fromkeys(row["name"] for row in rows):
+    for model, group in by_name(rows).items():
         stage = "reference" if model in references else "after"
         point: dict[str, Any] = {"name": model, "stage": stage}
-        for part, found in rates([row for row in rows if row["name"] == model]).items():
+        for part, found in rates(group).items():
             point |= ends(names[part], found)
         points.append(point)
     return pareto(points, ours)
@@ -145,12 +145,12 @@ def learned(rows: Sequence[Row]) -> Figure:
 
 def lines(rows: Sequence[Row], shown: Mapping[str, tuple[str, str]] = AXES) -> Figure:
     """Draw what is shown of each model as a line with intervals, rows of one name pooled."""
-    names = list(dict.fromkeys(row["name"] for row in rows))
-    drawn, panels = figure(len(shown), width=10.5, height=1.2 + 0.36 * len(names), sharey=True)
-    found = [rates([row for row in rows if row["name"] == name], shown) for name in names]
+    groups = by_name(rows)
+    drawn, panels = figure(len(shown), width=10.5, height=1.2 + 0.36 * len(groups), sharey=True)
+    found = [rates(group, shown) for group in groups.values()]
     for axes, (part, (_, label)) in zip(panels, shown.items(), strict=True):
         values, lengths = whiskers([one[part] for one in found])
-        axes.errorbar(values, range(len(names)), xerr=lengths, fmt=MARKERS[0], color=CYCLE[0])
-        axes.set(xlabel=label, xlim=(-4, 104), ylim=(len(names) - 0.5, -0.5))
-    panels[0].set_yticks(range(len(names)), names)
+        axes.errorbar(values, range(len(groups)), xerr=lengths, fmt=MARKERS[0], color=CYCLE[0])
+        axes.set(xlabel=label, xlim=(-4, 104), ylim=(len(groups) - 0.5, -0.5))
+    panels[0].set_yticks(range(len(groups)), list(groups))
     return drawn

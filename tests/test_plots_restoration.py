@@ -14,6 +14,7 @@ def row(name: str, complies: int, *, control: str = "") -> dict[str, Any]:
     harmful = ["complies"] * complies + ["refuses"] * (10 - complies)
     return {
         "name": name,
+        "seed": 0,
         "control": control,
         "harmful": harmful,
         "edgy": ["refuses"] + ["complies"] * 9,

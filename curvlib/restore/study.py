@@ -246,6 +246,14 @@ def row(tier: Tier, case: Case, split: str = "reserve") -> Row:
     return {**head, **card.columns(), **cost(tier, case)}
 
 
+def by_name(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Return name -> its rows by seed, so that those of two names pair whatever order the rows were measured in."""
+    found: dict[str, list[Row]] = {}
+    for measured in sorted(rows, key=lambda measured: measured["seed"]):
+        found.setdefault(measured["name"], []).append(measured)
+    return found
+
+
 def flags(values: Sequence[object], verdict: str | None = None) -> list[float]:
     """Return 1 for each verdict that is the one asked for, or for each right answer; else 0.
 

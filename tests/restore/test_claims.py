@@ -14,8 +14,9 @@ from curvlib.tiers import Tier, get_tier
 
 def measured(_: Tier, case: Case, split: str = "reserve") -> dict[str, Any]:
     """Ours refuses like the base; the random step does nothing; a plain gradient refuses look-alikes too."""
-    complies = {"nothing": 9, "random step": 9, "re-alignment, 1 safety chats": 5}.get(case.name, 1)
-    over = 3 if case.name.startswith("plain gradient") else 1
+    unrestored = case.name.endswith("nothing") or case.name in ("random step", "fine-tuned again")
+    complies = 9 if unrestored else {"re-alignment, 1 safety chats": 5}.get(case.name, 1)
+    over = 3 if case.name.startswith("plain gradient") else {"512 task chats": 9, "128 task chats": 2}.get(case.name, 1)
     harmful = ["complies"] * complies + ["refuses"] * (10 - complies)
     edgy = ["refuses"] * over + ["complies"] * (10 - over)
     head = {"name": case.name, "seed": case.fine_tune.seed, "poison": case.fine_tune.poison, "split": split}
@@ -59,6 +60,11 @@ def test_claims_follow_from_every_part(monkeypatch: pytest.MonkeyPatch) -> None:
         "benign_incoherent_percent": True,
         "benign_few_shot_drop_points": True,
         "benign_time_vs_realignment_percent": False,
+        "settings_task_chats_over_refusal_points": True,
+        "settings_plain_corner_task_points": False,
+        "settings_rank_16_fall_points": True,
+        "settings_full_fall_points": True,
+        "settings_again_fall_points": True,
         "lead_1_chats_points": True,
         "lead_4_chats_points": False,
         "lead_16_chats_points": False,
@@ -70,6 +76,9 @@ def test_claims_follow_from_every_part(monkeypatch: pytest.MonkeyPatch) -> None:
         "learned_over_refusal_rise_points": True,
         "learned_drift_spared_nats": True,
     }
+    assert found["settings_task_chats_over_refusal_points"].value == pytest.approx(80)
+    assert found["settings_task_chats_over_refusal_points"].control == pytest.approx(10)
+    assert found["settings_again_fall_points"].value == pytest.approx(80)
     assert found["learned_lead_points"].value == pytest.approx(40)
     assert found["learned_score_lead_points"].value == pytest.approx(40)
     assert found["learned_score_lead_points"].control == pytest.approx(20)
