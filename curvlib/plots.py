@@ -187,8 +187,9 @@ def task_valley(curvature: Tensor, slope: Tensor, steps: Mapping[str, Tensor], a
         end = (float(step[0]), float(step[1]))
         axes.annotate("", end, (0, 0), arrowprops={"arrowstyle": "->", "color": colour, "lw": 2.5})
         axes.plot(*end, "o", c=colour, label=f"{name}: safety {-float(slope @ step):.2f} lower")
-    axes.set(xlabel="parameter 1", ylabel="parameter 2", title=f"Two steps that each cost {allowance:g} of task loss")
-    axes.legend(loc="upper right")
+    axes.set(xlabel="parameter 1", ylabel="parameter 2")
+    axes.set_title(f"Two steps that each cost {allowance:g} of task loss", pad=40)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), fontsize=10, borderpad=0.2)
     return drawn
 
 

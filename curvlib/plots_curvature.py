@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import cycle
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -44,10 +45,11 @@ def memory(forecast: Mapping[str, int], measured: Mapping[str, int], kept: Mappi
 def residuals(solutions: Mapping[str, Solution], tolerance: float) -> Figure:
     """Draw each solver's relative residual after each product, on logarithmic axes, down to the tolerance."""
     drawn, (axes,) = figure()
-    for (name, found), colour, marker in zip(solutions.items(), CYCLE, MARKERS, strict=False):
+    dashes = cycle(("-", "--"))  # two solvers may walk the same path
+    for (name, found), colour, marker, dash in zip(solutions.items(), CYCLE, MARKERS, dashes, strict=False):
         spent = np.arange(len(found.history)) + found.products - len(found.history) + 1
         every = max(1, len(spent) // 12)
-        axes.loglog(spent[1:], found.history[1:], c=colour, marker=marker, markevery=every, label=name)
+        axes.loglog(spent[1:], found.history[1:], c=colour, ls=dash, marker=marker, markevery=every, label=name)
     axes.axhline(tolerance, color="#777777", lw=1, ls="--")
     axes.set(xlabel="products with the operator", ylabel="residual / right-hand side", title="Solving for one vector")
     axes.legend()

@@ -24,7 +24,7 @@ def predicted_against_actual(panels: Mapping[str, tuple[ArrayLike, ArrayLike]], 
     for panel, (name, (predicted, actual)) in zip(axes, panels.items(), strict=True):
         x, y = np.ravel(predicted), np.ravel(actual)
         reach = 1.1 * float(max(np.abs(x).max(), np.abs(y).max())) or 1.0
-        panel.plot([-reach, reach], [-reach, reach], c=BLACK, lw=1, ls="--", label="identity")
+        panel.plot([-reach, reach], [-reach, reach], c=BLACK, lw=1, ls="--", label="y = x")
         panel.plot(x, y, "o", c=BLUE, ms=4, alpha=0.6)
         panel.set(xlabel=f"predicted, {unit}", title=name, xlim=(-reach, reach), ylim=(-reach, reach))
     axes[0].set_ylabel(f"measured by retraining, {unit}")

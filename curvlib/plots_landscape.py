@@ -56,7 +56,7 @@ def correlations(found: Mapping[str, Estimate], null: Estimate, rule: float) -> 
     """
     drawn, (axes,) = figure(height=1.5 + 0.4 * len(found))
     values, lengths = whiskers(list(found.values()), scale=1.0)
-    axes.axvspan(null.low, null.high, color="#CCCCCC", label="unrelated directions, 95 %")
+    axes.axvspan(null.low, null.high, color="#CCCCCC", label="compliance along unrelated directions, 95 %")
     axes.axvline(rule, color=BLACK, ls=":", label=f"rule: {rule:g}")
     axes.errorbar(values, range(len(found)), xerr=lengths, fmt="o", color=CYCLE[0])
     axes.set_yticks(range(len(found)), list(found))
@@ -119,7 +119,7 @@ def step_in_spectrum(steps: Mapping[str, StepSpectrum]) -> Figure:
     for (name, found), colour, marker in zip(steps.items(), CYCLE, MARKERS, strict=False):
         place, share = _upper_shares(found, floor)
         axes.step(place, 100 * share, where="pre", c=colour)
-        axes.plot(place, 100 * share, c=colour, marker=marker, ls="", label=name)
+        axes.plot(place, 100 * share, c=colour, marker=marker, ls="", label=name, clip_on=False)
     axes.set(xscale="log", yscale="log", ylim=(1e-3, 200))
     axes.set(xlabel="curvature of the task loss", ylabel="share of the step, %")
     axes.set_title("Share of each step at this curvature or more", pad=42)
@@ -142,14 +142,16 @@ def by_method(rows: Sequence[Mapping[str, float | str]], methods: Sequence[str],
         null: as in :func:`correlations`.
     """
     drawn, (axes,) = figure(height=1.6 + 0.4 * len(methods))
-    axes.axvspan(null.low, null.high, color="#CCCCCC", label="unrelated directions, 95 %")
+    axes.axvspan(null.low, null.high, color="#CCCCCC", label="compliance along unrelated directions, 95 %")
     losses = list(dict.fromkeys(str(row["loss"]) for row in rows))
     for number, (loss, colour, marker) in enumerate(zip(losses, CYCLE, MARKERS, strict=False)):
         chosen = [row for row in rows if row["loss"] == loss and row["method"] in methods]
         heights = [methods.index(str(row["method"])) + 0.13 * (number - (len(losses) - 1) / 2) for row in chosen]
         axes.plot([float(row["pearson_value"]) for row in chosen], heights, marker, ls="", c=colour, ms=6, label=loss)
     axes.set_yticks(range(len(methods)), methods)
-    axes.set(xlabel="correlation of the two windows, bowl removed", xlim=(-1.05, 1.05), ylim=(len(methods) - 0.5, -0.5))
+    lowest = min(null.low, *(float(row["pearson_value"]) for row in rows))
+    axes.set(xlabel="correlation of the two windows, bowl removed", xlim=(lowest - 0.05, 1.02))
+    axes.set(ylim=(len(methods) - 0.5, -0.5))
     axes.set_title("The study: one point a seed", pad=40)
     axes.legend(ncols=3, loc="lower left", bbox_to_anchor=(0, 1), fontsize=10, borderpad=0.2)
     return drawn

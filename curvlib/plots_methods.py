@@ -80,9 +80,9 @@ def claims_in_points(claims: Sequence[Claim]) -> Figure:
     colours = [BLUE if claim.holds else RED for claim in shown]
     axes.errorbar(values, rows, xerr=ends.clip(min=0), fmt="none", ecolor="#777777")
     axes.scatter(values, rows, c=colours, zorder=3, label="value: blue holds, red does not")
-    axes.scatter([claim.control for claim in shown], rows, marker="D", fc="none", ec=BLACK, label="null control")
+    axes.scatter([claim.control for claim in shown], rows, marker="D", fc="none", ec=BLACK, zorder=4, label="control")
     axes.set_yticks(rows, [claim.id for claim in shown])
     axes.set(xlabel="points or per cent", ylim=(len(shown) - 0.5, -0.5))
-    axes.set_title("Claims beside their null controls", pad=26)
+    axes.set_title("Claims beside their controls", pad=26)
     axes.legend(ncols=2, loc="lower left", bbox_to_anchor=(0, 1), fontsize=10, borderpad=0.2)
     return drawn

@@ -88,6 +88,8 @@ def _tables(tables: Mapping[str, Mapping[tuple[str, ...], float]], text: str, fr
             axes.annotate(
                 text.format(value), place, ha="center", va="center", color="w" if value < middle else "k", bbox=frame
             )
+        for down_at, across_at in np.argwhere(np.isnan(shown)):
+            axes.annotate("not run", (across_at, down_at), ha="center", va="center", color="#777777", fontsize=8)
         axes.set_xticks(range(len(across)), list(across))
         axes.set_yticks(range(len(down)), list(down))
         axes.grid(visible=False)
