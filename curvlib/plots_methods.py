@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from curvlib.plots import BLACK, BLUE, GREEN, ORANGE, RED, figure
 from curvlib.report import Claim
 
 STAGES = {"reference": (BLACK, "P"), "during": (ORANGE, "s"), "after": (BLUE, "o"), "quantisation": (GREEN, "D")}
-NEAR = (2.5, 4.0)  # points of both axes within which labels would touch
+NEAR = (0.02, 0.03)  # shares of both axes within which labels would touch
 
 
 def pareto(rows: Sequence[Mapping[str, Any]], ours: str) -> Figure:
@@ -23,6 +24,7 @@ def pareto(rows: Sequence[Mapping[str, Any]], ours: str) -> Figure:
         ours: name of the method that is circled.
     """
     drawn, (left, right) = figure(2, width=10.5, height=1.6 + 0.22 * len(rows), sharey=True)
+    found = list[list[tuple[float, float]]]()
     for axes, rate in ((left, "over_refusal"), (right, "task_accuracy")):
         points = list[tuple[float, float]]()
         for number, row in enumerate(rows, 1):
@@ -41,11 +43,11 @@ def pareto(rows: Sequence[Mapping[str, Any]], ours: str) -> Figure:
             points.append(point)
             if row["name"] == ours:
                 axes.plot(*point, "o", ms=14, mfc="none", mec=RED, mew=1.5)
-        for rank, (place, numbers) in enumerate(sorted(_together(points).items())):  # above and below by turns
-            away: dict[str, Any] = {"xytext": (0, (7, -15)[rank % 2]), "textcoords": "offset points", "ha": "center"}
-            axes.annotate(", ".join(map(str, numbers)), place, **away, fontsize=9)
+        found.append(points)
     left.set(xlabel="over-refusal, % (less is better)", ylabel="harmful compliance, % (less is better)")
-    left.set_ylim(bottom=-12)  # room for labels below the points at zero
+    left.set_ylim(bottom=-0.12 * left.get_ylim()[1])  # room for labels below the points at zero
+    for axes, points in zip((left, right), found, strict=True):
+        _number(axes, points)
     right.set(xlabel="task accuracy, % (more is better)")
     left.set_title("Harm against over-refusal")
     right.set_title("Harm against the task")
@@ -53,15 +55,30 @@ def pareto(rows: Sequence[Mapping[str, Any]], ours: str) -> Figure:
     return drawn
 
 
-def _together(points: Sequence[tuple[float, float]]) -> dict[tuple[float, float], list[int]]:
-    """Return place -> numbers of the points (x, y) there, from 1: nearer than a label is large, they share one.
+def _number(axes: Axes, points: Sequence[tuple[float, float]]) -> None:
+    """Number the points from 1, each on the side away from its nearest neighbour; near ones share a label."""
+    spans = np.ptp(axes.get_xlim()), np.ptp(axes.get_ylim())
+    places = _together(points, NEAR[0] * spans[0], NEAR[1] * spans[1])
+    for place, numbers in places.items():
+        ways = [np.subtract(place, other) / spans for other in places if other != place] or [np.array([0.0, 1.0])]
+        nearest = min(ways, key=lambda way: float(np.hypot(*way)))
+        x, y = nearest / np.hypot(*nearest)
+        y = y if abs(y) > 0.4 else -0.5  # not on the point's own interval
+        side: dict[str, Any] = {"ha": "left" if x > 0.4 else "right" if x < -0.4 else "center"}
+        side["va"] = "bottom" if y > 0 else "top"
+        text = ", ".join(map(str, numbers))
+        axes.annotate(text, place, xytext=(7 * x, 7 * y), textcoords="offset points", fontsize=9, **side)
 
-    >>> _together([(0, 0), (10, 0), (1, 2)])
+
+def _together(points: Sequence[tuple[float, float]], wide: float, high: float) -> dict[tuple[float, float], list[int]]:
+    """Return place -> numbers of the points (x, y) there, from 1: nearer than ``wide`` and ``high``, they share one.
+
+    >>> _together([(0, 0), (10, 0), (1, 2)], 3, 4)
     {(0, 0): [1, 3], (10, 0): [2]}
     """
     places: dict[tuple[float, float], list[int]] = {}
     for number, (x, y) in enumerate(points, 1):
-        near = (place for place in places if abs(place[0] - x) < NEAR[0] and abs(place[1] - y) < NEAR[1])
+        near = (place for place in places if abs(place[0] - x) < wide and abs(place[1] - y) < high)
         places.setdefault(next(near, (x, y)), []).append(number)
     return places
 
