@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -28,15 +29,16 @@ def paired_surfaces(points: ArrayLike, surfaces: Mapping[str, ArrayLike], title:
     axis = np.asarray(points)[:side, 1]
     shown = {name: np.asarray(values).reshape(side, side).T for name, values in surfaces.items()}
     first, *_, last = shown.values()
-    drawn, panels = figure(len(shown) + 1, width=9.6, height=9.6 / (len(shown) + 1) + 0.6, sharey=True)
+    drawn, panels = figure(len(shown) + 1, width=9.6, height=9.6 / (len(shown) + 1) + 1.2, sharey=True)
     low, high = min(values.min() for values in shown.values()), max(values.max() for values in shown.values())
     for axes, (name, values) in zip(panels, shown.items(), strict=False):
         filled = axes.contourf(axis, axis, values, levels=np.linspace(low, high, 13), cmap="cividis")
         axes.set_title(name)
-    drawn.colorbar(filled, ax=panels[:-1], label=title, format="%.2g", ticks=MaxNLocator(5))
+    below: dict[str, Any] = {"location": "bottom", "shrink": 0.8, "format": "%.2g"}
+    drawn.colorbar(filled, ax=panels[:-1], label=title, ticks=MaxNLocator(5), **below)
     reach = float(np.abs(last - first).max()) or 1.0
     difference = panels[-1].contourf(axis, axis, last - first, levels=np.linspace(-reach, reach, 14), cmap="PuOr")
-    drawn.colorbar(difference, ax=panels[-1], label="difference", format="%.2g", ticks=MaxNLocator(5))
+    drawn.colorbar(difference, ax=panels[-1], label="difference", ticks=MaxNLocator(5), **below)
     panels[-1].set_title("last − first")
     for axes in panels:
         axes.plot(0, 0, "+", c="white", ms=10, mew=2)
@@ -115,12 +117,13 @@ def step_in_spectrum(steps: Mapping[str, StepSpectrum]) -> Figure:
     """Draw which share of each step's squared length lies at curvatures of at least x."""
     drawn, (axes,) = figure()
     positive = np.concatenate([found.curvatures[found.curvatures > 0] for found in steps.values()])
-    floor = float(positive.max()) * 1e-6 if len(positive) else 1e-6
+    floor, least = float(positive.max()) * 1e-6 if len(positive) else 1e-6, 1e-3
     for (name, found), colour, marker in zip(steps.items(), CYCLE, MARKERS, strict=False):
         place, share = _upper_shares(found, floor)
         axes.step(place, 100 * share, where="pre", c=colour)
-        axes.plot(place, 100 * share, c=colour, marker=marker, ls="", label=name, clip_on=False)
-    axes.set(xscale="log", yscale="log", ylim=(1e-3, 200))
+        seen = 100 * share > least
+        axes.plot(place[seen], 100 * share[seen], c=colour, marker=marker, ls="", label=name)
+    axes.set(xscale="log", yscale="log", ylim=(least, 200))
     axes.set(xlabel="curvature of the task loss", ylabel="share of the step, %")
     axes.set_title("Share of each step at this curvature or more", pad=42)
     axes.legend(ncols=2, loc="lower left", bbox_to_anchor=(0, 1), fontsize=10, borderpad=0.2)
