@@ -32,7 +32,8 @@ from curvlib.tiers import Tier
 
 Flags = NDArray[np.float64]
 Split = Literal["validation", "test"]
-NOT_RESTORING = ("cases", "controls", "door", "study")  # files of curvlib.restore that measure or serve its results
+# files of curvlib.restore that measure or serve its results
+NOT_RESTORING = ("cases", "claims", "controls", "door", "measures", "study")
 SEARCHED = FineTune(poison=0.1, seed=0)  # the fine-tune on which trials are compared
 setting_of = lru_cache(maxsize=1)(Setting.of)  # a setting holds its models
 

@@ -118,6 +118,8 @@ def key(tier: Tier, case: Case) -> dict[str, Any]:
         return {"model": stages.fine_tuned(tier, case.fine_tune).parent.name}
     if case.control == "reversion":
         return {"model": Path(stages.aligned_source(tier)).parent.name}
+    if case.control == "zeroed":
+        return {"zeroed": stages.fine_tuned(tier, case.fine_tune).parent.name}
     if case.control == "worn":
         return {"model": worn(tier, case).parent.name}
     name = adapter(tier, case).name
@@ -127,13 +129,16 @@ def key(tier: Tier, case: Case) -> dict[str, Any]:
 def load(tier: Tier, case: Case) -> Model:
     """Return a case's model: fine-tuned (``nothing``), aligned (``reversion``), restored, or moved at random instead.
 
-    The ``random step`` has the restoration's norm in the metric of the protected chats. ``worn`` is restored and
-    fine-tuned again as before; ``twice`` restores that one too.
+    ``zeroed`` is the aligned model under the fine-tuned adapter with B at zero, from where training moves it through
+    the same A as restored models. The ``random step`` has the restoration's norm in the metric of the protected chats.
+    ``worn`` is restored and fine-tuned again as before; ``twice`` restores that one too.
     """
     if case.control == "nothing":
         return stages.load_fine_tuned(tier, case.fine_tune)
     if case.control == "reversion":
         return stages.load_aligned(tier)[0]
+    if case.control == "zeroed":
+        return _zeroed(stages.load_fine_tuned(tier, case.fine_tune))
     folder = worn(tier, case) if case.control == "worn" else adapter(tier, case) / "model"
     done = adapted(tier, case.fine_tune, folder)
     if case.control != "random step":
@@ -145,4 +150,12 @@ def load(tier: Tier, case: Case) -> Model:
     with torch.no_grad():
         noise = random_step(fisher.damped(fisher.scale), step, seed=case.fine_tune.seed)
         assign(trainable(model), start + noise)
+    return model
+
+
+@torch.no_grad()
+def _zeroed(model: Model) -> Model:
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.zero_()
     return model

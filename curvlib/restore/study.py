@@ -170,8 +170,9 @@ def regimes(tier: Tier, rows: Sequence[Row] = ()) -> Iterator[Row]:
 
 
 def attack_rows(tier: Tier, rows: Sequence[Row] = ()) -> Iterator[Row]:
-    """Yield what attacks on restored models bring, beside the aligned model."""
-    cases = [*[Case(name, how) for name, how in CONTENDERS.items()], REVERSION]
+    """Yield what attacks on restored models bring, beside the aligned model: as it is, and under the same adapter."""
+    aligned = Case("aligned, same adapter", control="zeroed")
+    cases = [*[Case(name, how) for name, how in CONTENDERS.items()], REVERSION, aligned]
     for case in bar(_left("attacks", cases, rows), desc="attacks"):
         yield {"name": case.name, "seed": case.fine_tune.seed, **attacks(tier, case)}
 

@@ -78,6 +78,18 @@ def test_a_full_fine_tune_is_restored_through_a_fresh_adapter_towards_the_aligne
         recipe.aligned_loss(small, Restoration("return"), given)
 
 
+def test_the_aligned_model_is_attacked_through_the_same_adapter_too(small: Tier) -> None:
+    zeroed: Any = study.load(small, replace(NOTHING, control="zeroed"))
+    batch = models_of_study.given_chats(small, Case("quick", QUICK)).task[0]
+    aligned = answer_logits(stages.load_aligned(small)[0], batch)
+    assert torch.allclose(answer_logits(zeroed, batch), aligned, atol=1e-5)
+    tuned: Any = stages.load_fine_tuned(small, POISONED)
+    halves = {name: parameter for name, parameter in tuned.named_parameters() if "lora_A" in name}
+    assert halves
+    assert all(torch.equal(zeroed.get_parameter(name), half) for name, half in halves.items())
+    assert study.key(small, replace(NOTHING, control="zeroed")) != study.key(small, NOTHING)
+
+
 def test_a_restored_model_is_fine_tuned_again_and_restored_again(small: Tier) -> None:
     quick = Case("quick", QUICK)
     once, worn, twice = (
