@@ -122,7 +122,8 @@ def _contenders(cells: Mapping[tuple[str, ...], Row], shown: Mapping[str, tuple[
     """Draw (contender, regime) -> row: a panel for each part, a line for each regime, a colour for each contender."""
     places = {regime: place for place, regime in enumerate(dict.fromkeys(regime for _, regime in cells))}
     contenders = list(dict.fromkeys(contender for contender, _ in cells))
-    drawn, panels = figure(len(shown), width=3 + 2.5 * len(shown), height=1.5 + 0.62 * len(places), sharey=True)
+    width = max(3 + 2.5 * len(shown), 1.8 * len(contenders))  # of the panels, or of the legend in one row
+    drawn, panels = figure(len(shown), width=width, height=1.5 + 0.62 * len(places), sharey=True)
     for axes, (part, (_, label)) in zip(panels, shown.items(), strict=True):
         for number, contender in enumerate(contenders):
             own = {places[at]: rates([row], shown)[part] for (who, at), row in cells.items() if who == contender}
