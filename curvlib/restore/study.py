@@ -37,7 +37,11 @@ HEIRS = {  # settings of contenders without the task's chats: distillation holds
         for damping, steps in ((1, 2), (1, 3), (3, 4), (10, 5), (10, 7))
     },
     "plain gradient": {
-        f"{steps} steps": Restoration("distill", "identity", Budget(steps=steps)) for steps in (2, 3, 4)
+        **{f"{steps} steps": Restoration("distill", "identity", Budget(steps=steps)) for steps in (2, 3, 4)},
+        **{
+            f"τ {trust:g}, {steps} steps": Restoration("distill", "identity", Budget(steps=steps, trust=trust))
+            for trust, steps in ((0.025, 3), (0.025, 4), (0.01, 4), (0.01, 5))
+        },
     },
     "re-alignment": {
         f"{steps} steps at {rate:g}": Restoration("realign", training=(TrainingConfig(steps, learning_rate=rate),))
