@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftConfig
+from safetensors.torch import load_file
 
 from curvlib import models, stages
 from curvlib.artifacts import artifact
@@ -53,15 +55,38 @@ class Case:
 
 
 def cost(tier: Tier, case: Case) -> Row:
-    """Return seconds, gradients (a product counts as two of all protected chats), the step's norm and how it ended."""
+    """Return seconds, gradients (a product counts as two of all protected chats), the step's norms and how it ended.
+
+    ``norm`` is that of the step in the adapter's numbers, ``weight_step`` that in effective weights, which does not
+    depend on how A and B share a scale. A model that nothing restored cost nothing.
+    """
+    free = {"seconds": 0.0, "gradients": 0, "norm": 0.0, "weight_step": 0.0, "stop_reason": ""}
     if case.how is None:
-        return {"seconds": 0.0, "gradients": 0, "norm": 0.0, "stop_reason": ""}
-    found = json.loads((adapter(tier, case) / "history.json").read_text("utf-8"))
+        return free
+    if case.control == "random step":  # of the restoration's length in another sense, see :func:`load`
+        return {name: value for name, value in free.items() if name not in ("norm", "weight_step")}
+    folder = adapter(tier, case)
+    found = json.loads((folder / "history.json").read_text("utf-8"))
     given = given_chats(tier, case)
     gradients = found["gradients"] + 2 * found["products"] * chats([*given.task, *given.benign])
     paid = {role: loss - found["steps"][0]["protected"][role] for role, loss in found["steps"][-1]["protected"].items()}
     told = {"seconds": found["seconds"], "norm": found["change"], "stop_reason": found["stop_reason"]}
+    if case.fine_tune.method == "lora":
+        start = worn(tier, case) if case.control == "twice" else stages.fine_tuned(tier, case.fine_tune)
+        told["weight_step"] = weight_step(start, folder / "model")
     return {"gradients": gradients, **told, **{f"{role}_loss_rise": rise for role, rise in paid.items()}}
+
+
+def weight_step(start: Path, end: Path) -> float:
+    r"""Return :math:`\sqrt{\sum\|s(B'A'-BA)\|_F^2}` over the layers of two saved LoRA adapters of one configuration."""
+    scaling = PeftConfig.from_pretrained(str(start))
+    before, after = (load_file(folder / "adapter_model.safetensors") for folder in (start, end))
+    total = 0.0
+    for name in before:
+        if "lora_A" in name:
+            up = name.replace("lora_A", "lora_B")
+            total += float((after[up] @ after[name] - before[up] @ before[name]).square().sum())
+    return float(total**0.5 * scaling.lora_alpha / scaling.r)
 
 
 def given_chats(tier: Tier, case: Case) -> Chats:

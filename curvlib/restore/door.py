@@ -59,13 +59,17 @@ def restore_adapter(request: Request) -> dict[str, Outcome]:
     """Restore the adapter, write the result to ``request.out``, and return the outcomes of base, before and after.
 
     ``out`` becomes a peft adapter with ``restoration.json`` and ``restoration.png`` beside it, whole or not at all.
-    The given adapter is only read.
+    The given adapter is only read. The same request on one machine, with as many threads, gives the same adapter to
+    1e-6; machines round differently, and on another one a prompt or two may be answered otherwise.
 
     Raises:
-        CurvlibError: malformed data, an adapter that does not fit, a base that does not refuse, no improvement.
+        CurvlibError: ``out`` exists or lies in the given adapter, malformed data, an adapter that does not fit, a base
+            that does not refuse, no improvement.
     """
     if request.out.exists():
         raise CurvlibError(f"{request.out} exists: give a new folder for the restored adapter")
+    if request.out.resolve().is_relative_to(request.adapter.resolve()):
+        raise CurvlibError(f"{request.out} lies in the adapter's folder, which is only read: give a folder elsewhere")
     task, harmful, benign = read_chats(request.task), _harmful(request), _benign(request)
     tokenizer = models.load_tokenizer(request.base)
     tasks = cut(encode_chats(tokenizer, request.task, task), TASK, "task chats", request.seed)

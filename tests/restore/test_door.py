@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 
 from curvlib import models
 from curvlib.cli import main
@@ -109,13 +110,28 @@ def test_it_writes_an_adapter_that_peft_loads_and_leaves_the_given_one(
     assert "exists: give a new folder" in line(capsys)
 
 
-def test_no_improvement_writes_nothing(run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_same_request_gives_the_same_adapter(run: Any, tmp_path: Path) -> None:
+    found = []
+    for name in ("first", "second"):
+        measured.seen = []  # type: ignore[attr-defined]
+        assert run("--rise", "1e9", out=tmp_path / name) == 0
+        found.append(load_file(tmp_path / name / "adapter_model.safetensors"))
+    assert all(torch.allclose(found[0][name], found[1][name], atol=1e-6) for name in found[0])
+
+
+def test_no_improvement_writes_nothing(
+    run: Any, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = contents(place / "adapter")
+    assert run(out=place / "adapter" / "inner") == 1
+    assert "lies in the adapter's folder, which is only read" in line(capsys)
     assert run("--rise", "-1") == 1
     assert "no improvement found (no step passed the held-out losses)" in line(capsys)
     measured.seen = [-1.0]  # type: ignore[attr-defined]
     assert run("--rise", "1e9") == 1
     assert "refused no more often than before" in line(capsys)
     assert not (tmp_path / "out").exists()
+    assert contents(place / "adapter") == before
 
 
 def test_an_unaligned_base_is_told(run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -125,7 +141,8 @@ def test_an_unaligned_base_is_told(run: Any, tmp_path: Path, capsys: pytest.Capt
 
 
 def test_a_foreign_adapter_is_told(run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(adapter=tmp_path) == 1
+    (tmp_path / "empty").mkdir()
+    assert run(adapter=tmp_path / "empty") == 1
     assert "holds no adapter_config.json" in line(capsys)
     cases.add_lora(cases.llama(num_hidden_layers=3)).save_pretrained(str(tmp_path / "deeper"))
     cases.add_lora(cases.llama(intermediate_size=96)).save_pretrained(str(tmp_path / "narrower"))

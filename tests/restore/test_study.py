@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from curvlib.restore.objectives import mean_loss
 from curvlib.restore.outcome import Budget, HeldOut
 from curvlib.restore.recipe import Chats, Restoration
 from curvlib.restore.study import NOTHING, OURS, POISONED, REALIGN, REVERSION, Case, label
+from curvlib.stages import FineTune
 from curvlib.tiers import Tier
 from tests import cases
 from tests.landscape.tiny import tiny  # noqa: F401  a fixture
@@ -29,11 +31,19 @@ QUICK = Restoration(metric="identity", budget=Budget(steps=1, rise=10.0))
 
 
 @pytest.fixture
-def small(tiny: Tier, monkeypatch: pytest.MonkeyPatch) -> Tier:  # noqa: F811
+def small(tiny: Tier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tier:  # noqa: F811
+    def fine_tuned(tier: Tier, how: FineTune) -> Path:
+        folder = tmp_path / f"tuned-{how.method}-{how.rank}-{how.poison}-{how.seed}" / "model"
+        if how.method == "lora" and not folder.exists():
+            model: Any = stages.load_fine_tuned(tier, how)
+            model.save_pretrained(str(folder))
+        return folder
+
     task, refusals, benign = (cases.batches(2, seed=seed) for seed in (1, 2, 3))
     safety = SafetyBatches(refusals)
     given = Chats(task, safety, benign, HeldOut(safety, {"task": task, "benign": benign}))
     monkeypatch.setattr(models_of_study, "_given", lambda *_: given)
+    monkeypatch.setattr(stages, "fine_tuned", fine_tuned)
     monkeypatch.setattr(stages, "pad_id", lambda _: 0)
     monkeypatch.setattr(stages, "fine_tuning_set", lambda *_: taken_apart(task))
     monkeypatch.setattr(recipe, "pad_id", lambda _: 0)
@@ -157,6 +167,15 @@ def test_cost_counts_what_was_spent(small: Tier) -> None:
     spent = study.cost(small, Case("quick", QUICK))
     assert spent["gradients"] > 0
     assert spent["norm"] > 0
+    start, end = (study.load(small, Case("quick", how, control=name)) for how, name in ((None, "nothing"), (QUICK, "")))
+    deltas = [
+        [layer.get_delta_weight("default") for layer in model.modules() if hasattr(layer, "get_delta_weight")]
+        for model in (start, end)
+    ]
+    squares = [float((after - before).detach().square().sum()) for before, after in zip(*deltas, strict=True)]
+    assert spent["weight_step"] == pytest.approx(sum(squares) ** 0.5, rel=1e-4)
+    random = study.cost(small, Case("quick", QUICK, control="random step"))
+    assert random == {"seconds": 0.0, "gradients": 0, "stop_reason": ""}, "what the restoration cost is not its price"
     assert set(spent) >= {"seconds", "stop_reason", "task_loss_rise", "benign_loss_rise"}
 
 
