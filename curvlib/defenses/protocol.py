@@ -95,6 +95,8 @@ def cell(tier: Tier, method: Method, recipe: FineTune, trial: Mapping[str, Any],
     config["training"] = asdict(setting.training)
 
     def build(folder: Path) -> None:
+        # what the method starts from is loaded, and fine-tuned where that lacks, before the clock runs
+        _ = setting.tuned() if method.stage in ("after", "quantisation") else setting.start()
         begin = time.perf_counter()
         defended = method.apply(setting, **trial)
         cost = {"gradients": defended.gradients, "seconds": time.perf_counter() - begin}

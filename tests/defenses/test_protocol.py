@@ -52,6 +52,18 @@ def test_a_cell_is_measured_once_and_keeps_no_answer(splits: list[str], tmp_path
 
 
 @pytest.mark.usefixtures("splits")
+def test_the_clock_does_not_run_while_the_model_is_loaded() -> None:
+    loaded: list[bool] = []
+
+    def apply(given: Setting, **_: Any) -> Defended:
+        loaded.append("_tuned" in vars(given))
+        return Defended(given.tuned())
+
+    cell(TIER, replace(LINEAR, apply=apply), RECIPE, FIRST)
+    assert loaded == [True]
+
+
+@pytest.mark.usefixtures("splits")
 def test_another_recipe_judge_or_trial_is_another_cell(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[float] = []
     counting = replace(LINEAR, apply=watch(LINEAR.apply, made))
