@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from curvlib.evaluate.intervals import Estimate, bootstrap, paired_difference
+from curvlib.evaluate.intervals import Estimate, bootstrap, over_seeds
 from curvlib.influence.inverse import METHODS
 from curvlib.influence.recipe import BASELINES, DIRECT
 from curvlib.report import Claim
@@ -76,9 +76,10 @@ def _removal_claims(rows: Sequence[Row]) -> list[Claim]:
 
 
 def _gap(rows: Sequence[Row], clean: Sequence[Row]) -> Estimate:
-    """Return by how many points compliance exceeds the clean fine-tune's, prompt by prompt over all seeds."""
-    flags = [[100.0 * flag for row in group for flag in row["verdicts"]] for group in (rows, clean)]
-    return paired_difference(*flags)
+    """Return by how many points compliance exceeds the clean fine-tune's, paired by seed and prompt."""
+    by_seed = (sorted(group, key=lambda row: int(row["seed"])) for group in (rows, clean))
+    points = ([[100.0 * flag for flag in row["verdicts"]] for row in group] for group in by_seed)
+    return over_seeds(*points)
 
 
 def _claim(name: str, statement: str, found: Estimate, control: float, holds: bool) -> Claim:

@@ -5,6 +5,7 @@ See :mod:`curvlib.curvature.chat_gradients`; no weight of the 4-bit base is kept
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,7 +89,7 @@ def example_gradients(
         own_mean: differentiate each chat's mean loss over its own answer tokens, as for queries. By default the share
             of the chat in the mean loss over all answer tokens, so that the rows add up to the gradient of that loss.
         folder: write each batch's rows there, in bfloat16 (2 bytes a number, relative error 0.2 %), and keep none in
-            memory. Files of an interrupted run are taken over.
+            memory. Files of an interrupted run with the same chats and parameters are taken over.
         batch_size: chats a pass.
 
     Cost: one gradient of all chats; memory n · P numbers without ``folder``, batch_size · P with it.
@@ -101,9 +102,9 @@ def example_gradients(
     size = sum(parameter.numel() for parameter in trainable(model).values())
     total = sum(example.tokens for example in examples)
     shards: list[Shard | Path] = []
-    parts = list(in_batches(examples, batch_size))
+    parts, same = list(in_batches(examples, batch_size)), _digest(model, examples, own_mean) if folder else ""
     for number, (index, batch) in enumerate(bar(parts, desc="gradients")):
-        file = folder / f"gradients-{number:04}.safetensors" if folder else None
+        file = folder / f"gradients-{same}-{batch_size}-{number:04}.safetensors" if folder else None
         if file is None or not file.exists():
             rows = chat_gradients(model, batch)
             rows /= batch.labels.ne(IGNORED).sum(1, keepdim=True).to(rows) if own_mean else total
@@ -150,6 +151,14 @@ def check_examples(model: nn.Module, examples: Sequence[Example], what: str) -> 
             f"number {longest} of the {what} has {length} tokens, more than the model's context of {limit}: "
             "encode it with a smaller max_length"
         )
+
+
+def _digest(model: nn.Module, examples: Sequence[Example], own_mean: bool) -> str:
+    """Return 12 hexadecimal digits that stand for what a file of gradients hangs on: chats, scale and parameters."""
+    found = hashlib.sha256(repr((examples, own_mean)).encode())
+    for parameter in trainable(model).values():
+        found.update(parameter.detach().float().cpu().numpy().tobytes())
+    return found.hexdigest()[:12]
 
 
 def _write(file: Path, shard: Shard) -> None:

@@ -73,6 +73,7 @@ def embedding_similarity(model: nn.Module, examples: Sequence[Example], queries:
 
     The states are centred first: their common mean is large and says nothing.
     """
+    check_examples(model, examples, "training chats")
     check_examples(model, queries, "query chats")
     seen, asked = (_states(model, chats) for chats in (examples, queries))
     centre = seen.mean(dim=0)

@@ -74,7 +74,8 @@ def test_no_dequantised_weight_is_kept() -> None:
 def test_files_hold_the_same_and_are_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = cases.pair()
     memory, disk = (example_gradients(model, CHATS, folder=folder, batch_size=2) for folder in (None, tmp_path))
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"gradients-{n:04}.safetensors" for n in range(3)]
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert [name.split("-")[2:] for name in names] == [["2", f"{n:04}.safetensors"] for n in range(3)]
     vectors = cases.random(3, memory.size, dtype=torch.float32)
     assert cases.relative_error(disk.dot(vectors), memory.dot(vectors)) < 1e-2  # bfloat16
     assert cases.relative_error(disk.norms(), memory.norms()) < 1e-2
@@ -84,12 +85,28 @@ def test_files_hold_the_same_and_are_taken_over(tmp_path: Path, monkeypatch: pyt
     assert torch.equal(again.dot(vectors), disk.dot(vectors))
 
 
+def test_files_of_other_chats_scales_or_parameters_are_not_taken_over(tmp_path: Path) -> None:
+    model, _ = cases.pair()
+    example_gradients(model, CHATS, folder=tmp_path)
+
+    def agrees(chats: list[Example], **scale: bool) -> bool:
+        stored, fresh = (example_gradients(model, chats, folder=folder, **scale).rows() for folder in (tmp_path, None))
+        return cases.relative_error(stored, fresh) < 1e-2
+
+    assert agrees(CHATS[::-1])
+    assert agrees(CHATS[:2])
+    assert agrees(CHATS, own_mean=True)
+    with torch.no_grad():
+        next(iter(trainable(model).values())).mul_(2.0)
+    assert agrees(CHATS)
+
+
 def test_a_damaged_or_foreign_file_is_one_line(tmp_path: Path) -> None:
     model, _ = cases.pair()
     found = example_gradients(model, CHATS[:2], folder=tmp_path)
     with pytest.raises(CurvlibError, match=r"holds rows of shape .* expected \(k, 3\)"):
         list(Gradients(2, 3, found.shards))
-    (tmp_path / "gradients-0000.safetensors").write_bytes(b"tea")
+    next(tmp_path.iterdir()).write_bytes(b"tea")
     with pytest.raises(CurvlibError, match="holds no gradients that can be read"):
         list(found)
 

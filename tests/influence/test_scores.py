@@ -85,6 +85,8 @@ def test_baselines_are_what_they_say() -> None:
     similar = scores.embedding_similarity(model, TRAIN, TRAIN)
     assert similar.diagonal().tolist() == pytest.approx([-1.0] * 4, abs=1e-4)
     assert similar.argmin(dim=1).tolist() == [0, 1, 2, 3]
+    with pytest.raises(CurvlibError, match="no training chats were given"):
+        scores.embedding_similarity(model, [], TRAIN)
 
 
 @pytest.mark.parametrize("score", [scores.dot_product, scores.cosine, partial(scores.influence, solve=torch.clone)])
