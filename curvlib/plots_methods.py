@@ -24,9 +24,8 @@ def pareto(rows: Sequence[Mapping[str, Any]], ours: str) -> Figure:
         ours: name of the method that is circled.
     """
     drawn, (left, right) = figure(2, width=10.5, height=1.6 + 0.22 * len(rows), sharey=True)
-    found = list[list[tuple[float, float]]]()
-    for axes, rate in ((left, "over_refusal"), (right, "task_accuracy")):
-        points = list[tuple[float, float]]()
+    panels = ((left, "over_refusal"), (right, "task_accuracy"))
+    for axes, rate in panels:
         for number, row in enumerate(rows, 1):
             colour, marker = STAGES[row["stage"]]
             point = 100 * row[rate], 100 * row["harmful_compliance"]
@@ -40,14 +39,12 @@ def pareto(rows: Sequence[Mapping[str, Any]], ours: str) -> Figure:
             axes.errorbar(*point, **bars, fmt="none", ecolor=colour, alpha=0.25, capsize=0)
             label = f"{number} {row['name']}" if axes is right else None
             axes.plot(*point, marker, c=colour, label=label)
-            points.append(point)
             if row["name"] == ours:
                 axes.plot(*point, "o", ms=14, mfc="none", mec=RED, mew=1.5)
-        found.append(points)
     left.set(xlabel="over-refusal, % (less is better)", ylabel="harmful compliance, % (less is better)")
     left.set_ylim(bottom=-0.12 * left.get_ylim()[1])  # room for labels below the points at zero
-    for axes, points in zip((left, right), found, strict=True):
-        _number(axes, points)
+    for axes, rate in panels:
+        _number(axes, [(100 * row[rate], 100 * row["harmful_compliance"]) for row in rows])
     right.set(xlabel="task accuracy, % (more is better)")
     left.set_title("Harm against over-refusal")
     right.set_title("Harm against the task")

@@ -17,6 +17,7 @@ from curvlib.artifacts import artifact
 from curvlib.curvature.lowrank import sampled_fisher
 from curvlib.evaluate.generate import Model
 from curvlib.finetune import train
+from curvlib.landscape.directions import Direction, multiply_adapter
 from curvlib.parameters import assign, flatten, trainable
 from curvlib.restore.controls import random_step, shuffled_answers
 from curvlib.restore.metrics import DRAWS
@@ -60,11 +61,13 @@ def cost(tier: Tier, case: Case) -> Row:
     ``norm`` is that of the step in the adapter's numbers, ``weight_step`` that in effective weights, which does not
     depend on how A and B share a scale. A model that nothing restored cost nothing.
     """
-    free = {"seconds": 0.0, "gradients": 0, "norm": 0.0, "weight_step": 0.0, "stop_reason": ""}
-    if case.how is None:
-        return free
+    free = {"seconds": 0.0, "gradients": 0, "stop_reason": ""}
     if case.control == "random step":  # of the restoration's length in another sense, see :func:`load`
-        return {name: value for name, value in free.items() if name not in ("norm", "weight_step")}
+        return free
+    if case.how is None:
+        reverted = case.control == "reversion"
+        way = saved_direction(stages.fine_tuned(tier, case.fine_tune)).size if reverted else 0.0
+        return {**free, "norm": 0.0, "weight_step": way}
     folder = adapter(tier, case)
     found = json.loads((folder / "history.json").read_text("utf-8"))
     given = given_chats(tier, case)
@@ -73,20 +76,17 @@ def cost(tier: Tier, case: Case) -> Row:
     told = {"seconds": found["seconds"], "norm": found["change"], "stop_reason": found["stop_reason"]}
     if case.fine_tune.method == "lora":
         start = worn(tier, case) if case.control == "twice" else stages.fine_tuned(tier, case.fine_tune)
-        told["weight_step"] = weight_step(start, folder / "model")
+        told["weight_step"] = (saved_direction(folder / "model") - saved_direction(start)).size
     return {"gradients": gradients, **told, **{f"{role}_loss_rise": rise for role, rise in paid.items()}}
 
 
-def weight_step(start: Path, end: Path) -> float:
-    r"""Return :math:`\sqrt{\sum\|s(B'A'-BA)\|_F^2}` over the layers of two saved LoRA adapters of one configuration."""
-    scaling = PeftConfig.from_pretrained(str(start))
-    before, after = (load_file(folder / "adapter_model.safetensors") for folder in (start, end))
-    total = 0.0
-    for name in before:
-        if "lora_A" in name:
-            up = name.replace("lora_A", "lora_B")
-            total += float((after[up] @ after[name] - before[up] @ before[name]).square().sum())
-    return float(total**0.5 * scaling.lora_alpha / scaling.r)
+def saved_direction(folder: Path) -> Direction:
+    r"""Return a saved LoRA adapter's :math:`\Delta W = s\,BA` of each layer, without loading the model."""
+    config = PeftConfig.from_pretrained(str(folder))
+    saved = load_file(folder / "adapter_model.safetensors")
+    halves = {name: name.replace("lora_A", "lora_B") for name in saved if "lora_A" in name}
+    scaling = config.lora_alpha / config.r
+    return Direction({down: (scaling * saved[up], saved[down]) for down, up in halves.items()})
 
 
 def given_chats(tier: Tier, case: Case) -> Chats:
@@ -163,7 +163,9 @@ def load(tier: Tier, case: Case) -> Model:
     if case.control == "reversion":
         return stages.load_aligned(tier)[0]
     if case.control == "zeroed":
-        return _zeroed(stages.load_fine_tuned(tier, case.fine_tune))
+        tuned: Any = stages.load_fine_tuned(tier, case.fine_tune)
+        multiply_adapter(tuned, lambda _: 0.0)
+        return tuned  # type: ignore[no-any-return]  # peft's own type
     folder = worn(tier, case) if case.control == "worn" else adapter(tier, case) / "model"
     done = adapted(tier, case.fine_tune, folder)
     if case.control != "random step":
@@ -175,12 +177,4 @@ def load(tier: Tier, case: Case) -> Model:
     with torch.no_grad():
         noise = random_step(fisher.damped(fisher.scale), step, seed=case.fine_tune.seed)
         assign(trainable(model), start + noise)
-    return model
-
-
-@torch.no_grad()
-def _zeroed(model: Model) -> Model:
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.zero_()
     return model

@@ -210,13 +210,9 @@ def _benign_claims(met: Sequence[Row]) -> list[Claim]:
 def _settings_claims(rows: Sequence[Row]) -> list[Claim]:
     """Return what more protected chats and a nearly plain step change, and what comes back elsewhere."""
     by = by_name(rows)
-
-    def beyond(name: str, other: str, part: str, verdict: str | None = None) -> Estimate:
-        return _less(by[name], by[other], part, verdict)
-
-    many, more = (beyond(f"{n} task chats", "32 task chats", "edgy", "refuses") for n in (512, 128))
-    chosen = f"τ {OURS.budget.trust:g}, λ {OURS.budget.damping:g}"
-    plain, curved = (beyond(corner, chosen, "task") for corner in ("τ 0.5, λ 10", "τ 0.005, λ 0.1"))
+    many, more = (_less(by[f"{n} task chats"], by["32 task chats"], "edgy", "refuses") for n in (512, 128))
+    chosen = by[f"τ {OURS.budget.trust:g}, λ {OURS.budget.damping:g}"]
+    plain, curved = (_less(by[corner], chosen, "task") for corner in ("τ 0.5, λ 10", "τ 0.005, λ 0.1"))
     return [
         _claim(
             "settings_task_chats_over_refusal_points",
@@ -236,8 +232,8 @@ def _settings_claims(rows: Sequence[Row]) -> list[Claim]:
             _claim(
                 f"settings_{name}_fall_points",
                 f"Restoration lowers harmful compliance ({words}) by this many points; control: rise of over-refusal",
-                (fall := beyond(before, after, "harmful", "complies")),
-                beyond(after, before, "edgy", "refuses").value,
+                (fall := _less(by[before], by[after], "harmful", "complies")),
+                _less(by[after], by[before], "edgy", "refuses").value,
                 fall.low > 0,
             )
             for name, words, before, after in _RESTORED

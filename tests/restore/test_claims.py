@@ -11,6 +11,40 @@ from curvlib.restore import claims, measures, study
 from curvlib.restore.study import BENIGN, REALIGN, Case, label
 from curvlib.tiers import Tier, get_tier
 
+HOLDS = {
+    "compliance_gap_points": True,
+    "task_accuracy_drop_points": True,
+    "over_refusal_rise_points": True,
+    "incoherent_percent": True,
+    "few_shot_drop_points": True,
+    "few_shot_below_realignment_points": True,
+    "time_vs_realignment_percent": False,
+    "time_vs_one_realignment_percent": False,
+    "benign_compliance_gap_points": True,
+    "benign_task_accuracy_drop_points": True,
+    "benign_over_refusal_rise_points": True,
+    "benign_incoherent_percent": True,
+    "benign_few_shot_drop_points": True,
+    "benign_few_shot_below_realignment_points": True,
+    "benign_time_vs_realignment_percent": False,
+    "benign_time_vs_one_realignment_percent": False,
+    "settings_task_chats_over_refusal_points": True,
+    "settings_plain_corner_task_points": False,
+    "settings_rank_16_fall_points": True,
+    "settings_full_fall_points": True,
+    "settings_again_fall_points": True,
+    "lead_1_chats_points": True,
+    "lead_4_chats_points": False,
+    "lead_16_chats_points": False,
+    "lead_saved_metric_points": False,
+    "attack_lead_prefilled_with_sure_points": True,
+    "learned_score_lead_points": True,
+    "learned_lead_points": True,
+    "learned_compliance_gap_points": True,
+    "learned_over_refusal_rise_points": True,
+    "learned_drift_spared_nats": True,
+}
+
 
 def measured(_: Tier, case: Case, split: str = "reserve") -> dict[str, Any]:
     """Ours refuses like the base; the random step does nothing; a plain gradient refuses look-alikes too."""
@@ -47,39 +81,7 @@ def test_claims_follow_from_every_part(monkeypatch: pytest.MonkeyPatch) -> None:
         assert claims.claims(rows) == [] or part not in ("screening", "contest")
         rows += [{"part": part, **row} for row in measure(get_tier("ci"), rows)]
     found = {claim.id: claim for claim in claims.claims(rows)}
-    assert {name: claim.holds for name, claim in found.items()} == {
-        "compliance_gap_points": True,
-        "task_accuracy_drop_points": True,
-        "over_refusal_rise_points": True,
-        "incoherent_percent": True,
-        "few_shot_drop_points": True,
-        "few_shot_below_realignment_points": True,
-        "time_vs_realignment_percent": False,
-        "time_vs_one_realignment_percent": False,
-        "benign_compliance_gap_points": True,
-        "benign_task_accuracy_drop_points": True,
-        "benign_over_refusal_rise_points": True,
-        "benign_incoherent_percent": True,
-        "benign_few_shot_drop_points": True,
-        "benign_few_shot_below_realignment_points": True,
-        "benign_time_vs_realignment_percent": False,
-        "benign_time_vs_one_realignment_percent": False,
-        "settings_task_chats_over_refusal_points": True,
-        "settings_plain_corner_task_points": False,
-        "settings_rank_16_fall_points": True,
-        "settings_full_fall_points": True,
-        "settings_again_fall_points": True,
-        "lead_1_chats_points": True,
-        "lead_4_chats_points": False,
-        "lead_16_chats_points": False,
-        "lead_saved_metric_points": False,
-        "attack_lead_prefilled_with_sure_points": True,
-        "learned_score_lead_points": True,
-        "learned_lead_points": True,
-        "learned_compliance_gap_points": True,
-        "learned_over_refusal_rise_points": True,
-        "learned_drift_spared_nats": True,
-    }
+    assert {name: claim.holds for name, claim in found.items()} == HOLDS
     assert found["settings_task_chats_over_refusal_points"].value == pytest.approx(80)
     assert found["settings_task_chats_over_refusal_points"].control == pytest.approx(10)
     assert found["settings_again_fall_points"].value == pytest.approx(80)

@@ -174,6 +174,8 @@ def test_cost_counts_what_was_spent(small: Tier) -> None:
     ]
     squares = [float((after - before).detach().square().sum()) for before, after in zip(*deltas, strict=True)]
     assert spent["weight_step"] == pytest.approx(sum(squares) ** 0.5, rel=1e-4)
+    reverted = sum(float(before.detach().square().sum()) for before in deltas[0]) ** 0.5
+    assert study.cost(small, REVERSION)["weight_step"] == pytest.approx(reverted, rel=1e-4)
     random = study.cost(small, Case("quick", QUICK, control="random step"))
     assert random == {"seconds": 0.0, "gradients": 0, "stop_reason": ""}, "what the restoration cost is not its price"
     assert set(spent) >= {"seconds", "stop_reason", "task_loss_rise", "benign_loss_rise"}
