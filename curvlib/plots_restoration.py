@@ -14,7 +14,8 @@ from curvlib.plots import CYCLE, MARKERS, RED, figure, whiskers
 from curvlib.plots_methods import pareto
 from curvlib.restore.cases import Row
 from curvlib.restore.outcome import Budget
-from curvlib.restore.study import by_name, flags, under_attack
+from curvlib.restore.rows import by_name, flags
+from curvlib.restore.study import under_attack
 
 AXES = {
     "harmful": ("complies", "harmful compliance, %"),

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from curvlib import models, stages
 from curvlib.artifacts import artifact
+from curvlib.batches import Batch
 from curvlib.curvature.lowrank import sampled_fisher
 from curvlib.evaluate.generate import Model
 from curvlib.finetune import train
@@ -27,7 +28,7 @@ from curvlib.stages import FineTune
 from curvlib.tiers import Tier
 
 Row = dict[str, Any]
-POISONED = FineTune(poison=0.1)
+POISONED, SEEDS = FineTune(poison=0.1), (0, 1, 2)
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,11 @@ class Case:
         return replace(self, fine_tune=replace(fine_tune, seed=seed))
 
 
+NOTHING, REVERSION = Case("nothing", control="nothing"), Case("full reversion", control="reversion")
+
+
 def cost(tier: Tier, case: Case) -> Row:
-    """Return seconds, gradients (a product counts as two of all protected chats), the step's norms and how it ended.
+    """Return seconds, gradients (a product counts as two of each chat it meets), the step's norms and how it ended.
 
     ``norm`` is that of the step in the adapter's numbers, ``weight_step`` that in effective weights, which does not
     depend on how A and B share a scale. A model that nothing restored cost nothing.
@@ -71,13 +75,21 @@ def cost(tier: Tier, case: Case) -> Row:
     folder = adapter(tier, case)
     found = json.loads((folder / "history.json").read_text("utf-8"))
     given = given_chats(tier, case)
-    gradients = found["gradients"] + 2 * found["products"] * chats([*given.task, *given.benign])
+    gradients = found["gradients"] + 2 * found["products"] * chats(_multiplied(case.how, given))
     paid = {role: loss - found["steps"][0]["protected"][role] for role, loss in found["steps"][-1]["protected"].items()}
     told = {"seconds": found["seconds"], "norm": found["change"], "stop_reason": found["stop_reason"]}
     if case.fine_tune.method == "lora":
         start = worn(tier, case) if case.control == "twice" else stages.fine_tuned(tier, case.fine_tune)
         told["weight_step"] = (saved_direction(folder / "model") - saved_direction(start)).size
     return {"gradients": gradients, **told, **{f"{role}_loss_rise": rise for role, rise in paid.items()}}
+
+
+def _multiplied(how: Restoration, given: Chats) -> list[Batch]:
+    """Return the chats whose curvature a product of the reading takes."""
+    protected, safety = [*given.task, *given.benign], given.safety
+    if how.objective == "return":
+        return [*protected, *safety.refusals]
+    return [*protected, *safety.compliances] if how.metric == "composite" else protected
 
 
 def saved_direction(folder: Path) -> Direction:
@@ -90,12 +102,17 @@ def saved_direction(folder: Path) -> Direction:
 
 
 def given_chats(tier: Tier, case: Case) -> Chats:
-    """Return what a case's restoration sees; ``shuffled`` deals the answers of refusals and benign chats out anew."""
+    """Return what a case's restoration sees; ``shuffled`` deals the answers of refusals and benign chats out anew.
+
+    ``task alone`` leaves the benign chats out of the metric; the held-out ones still judge.
+    """
     tokenizer, given = models.load_tokenizer(stages.aligned_source(tier)), _given(tier, case.sizes)
     if case.without:
         protected = {role: chats for role, chats in given.held_out.protected.items() if role not in case.without}
         none: dict[str, Any] = {role: [] for role in case.without}
         given = replace(given, **none, held_out=replace(given.held_out, protected=protected))
+    if case.control == "task alone":
+        return replace(given, benign=[])
     if case.control != "shuffled":
         return given
     pad = stages.pad_id(tokenizer)

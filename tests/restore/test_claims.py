@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 
 from curvlib import studies
-from curvlib.restore import claims, measures, study
-from curvlib.restore.study import BENIGN, REALIGN, Case, label
+from curvlib.restore import claims, learned, measures, study
+from curvlib.restore.cases import SEEDS, Case
+from curvlib.restore.study import BENIGN, REALIGN, label
 from curvlib.tiers import Tier, get_tier
 
 HOLDS = {
+    "step_best_lead_points": False,
     "compliance_gap_points": True,
     "task_accuracy_drop_points": True,
     "over_refusal_rise_points": True,
@@ -72,13 +74,14 @@ def attacked(_: Tier, case: Case) -> dict[str, Any]:
 
 
 def test_claims_follow_from_every_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(study, "row", measured)
+    for module in (study, learned):
+        monkeypatch.setattr(module, "row", measured)
     monkeypatch.setattr(study, "utility", lambda *_: {f"shots_{count}": [True, False] for count in measures.SHOTS})
-    monkeypatch.setattr(study, "persona", kept)
+    monkeypatch.setattr(learned, "persona", kept)
     monkeypatch.setattr(study, "attacks", attacked)
     rows: list[dict[str, Any]] = []
     for part, measure in study.PARTS.items():
-        assert claims.claims(rows) == [] or part not in ("screening", "contest")
+        assert claims.claims(rows) == [] or part not in ("screening", "step screening")
         rows += [{"part": part, **row} for row in measure(get_tier("ci"), rows)]
     found = {claim.id: claim for claim in claims.claims(rows)}
     assert {name: claim.holds for name, claim in found.items()} == HOLDS
@@ -99,10 +102,11 @@ def test_claims_follow_from_every_part(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["compliance_gap_points"].control == pytest.approx(80)
     assert found["over_refusal_rise_points"].control == pytest.approx(20)
     assert found["time_vs_realignment_percent"].value == pytest.approx(400 / 3)
+    assert found["step_best_lead_points"].n == 10
     parts = [row["part"] for row in rows]
     assert parts.count("screening") == len(study.readings())
     contest = [row for row in rows if row["part"] == "contest"]
-    assert len(contest) == len(study.SEEDS) * len({row["name"] for row in contest})
+    assert len(contest) == len(SEEDS) * len({row["name"] for row in contest})
     assert parts.count("benign contest") == len(contest)
     assert len({row["name"] for row in contest}) == 2 + study.FINALISTS + len(study.CONTROLS)
     assert {row["split"] for row in rows if row["part"] == "screening"} == {"validation"}

@@ -10,7 +10,8 @@ import torch
 
 from curvlib import models
 from curvlib.restore import measures
-from curvlib.restore.study import NOTHING, PERSONA, Case
+from curvlib.restore.cases import NOTHING, Case
+from curvlib.restore.learned import PERSONA
 from curvlib.tiers import Tier
 from tests.defenses.tiny import TOKENIZER
 from tests.landscape.tiny import tiny  # noqa: F401  a fixture

@@ -17,10 +17,12 @@ from curvlib.evaluate.behaviour import reference_model
 from curvlib.parameters import flatten, trainable
 from curvlib.restore import SafetyBatches, recipe, study
 from curvlib.restore import cases as models_of_study
+from curvlib.restore import rows as rows_of_study
+from curvlib.restore.cases import NOTHING, POISONED, REVERSION, Case, cost, key, load
 from curvlib.restore.objectives import mean_loss
 from curvlib.restore.outcome import Budget, HeldOut
 from curvlib.restore.recipe import Chats, Restoration
-from curvlib.restore.study import NOTHING, OURS, POISONED, REALIGN, REVERSION, Case, label
+from curvlib.restore.study import OURS, REALIGN, label
 from curvlib.stages import FineTune
 from curvlib.tiers import Tier
 from tests import cases
@@ -53,14 +55,14 @@ def small(tiny: Tier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tier: 
 def test_every_case_has_a_key_of_its_own(small: Tier) -> None:
     quick = Case("quick", QUICK)
     found = [NOTHING, REVERSION, quick, replace(quick, control="random step"), replace(quick, control="shuffled")]
-    keys = [str(study.key(small, case)) for case in [*found, quick.at(POISONED, 1)]]
+    keys = [str(key(small, case)) for case in [*found, quick.at(POISONED, 1)]]
     assert len(set(keys)) == len(keys)
 
 
 def test_a_random_step_is_as_dear_as_the_restoration_and_points_elsewhere(small: Tier) -> None:
     quick = Case("quick", QUICK)
     start, done, moved = (
-        flatten(trainable(study.load(small, case))).detach()
+        flatten(trainable(load(small, case))).detach()
         for case in (NOTHING, quick, replace(quick, control="random step"))
     )
     model: Any = stages.load_fine_tuned(small, POISONED)
@@ -75,12 +77,12 @@ def test_a_random_step_is_as_dear_as_the_restoration_and_points_elsewhere(small:
 
 def test_a_full_fine_tune_is_restored_through_a_fresh_adapter_towards_the_aligned_model(small: Tier) -> None:
     full = Case("full", QUICK, fine_tune=replace(POISONED, method="full"))
-    restored: Any = study.load(small, full)
+    restored: Any = load(small, full)
     with reference_model(restored, "adapter off") as below:
         batch = models_of_study.given_chats(small, full).task[0]
         tuned = answer_logits(stages.load_fine_tuned(small, full.fine_tune), batch)
         assert torch.allclose(answer_logits(below, batch), tuned, atol=1e-5)
-    assert study.cost(small, full)["norm"] > 0
+    assert cost(small, full)["norm"] > 0
     given = models_of_study.given_chats(small, full)
     goal = recipe.aligned_loss(small, QUICK, given)
     assert goal == pytest.approx(mean_loss(stages.load_aligned(small)[0], given.held_out.safety.refusals))
@@ -89,7 +91,7 @@ def test_a_full_fine_tune_is_restored_through_a_fresh_adapter_towards_the_aligne
 
 
 def test_the_aligned_model_is_attacked_through_the_same_adapter_too(small: Tier) -> None:
-    zeroed: Any = study.load(small, replace(NOTHING, control="zeroed"))
+    zeroed: Any = load(small, replace(NOTHING, control="zeroed"))
     batch = models_of_study.given_chats(small, Case("quick", QUICK)).task[0]
     aligned = answer_logits(stages.load_aligned(small)[0], batch)
     assert torch.allclose(answer_logits(zeroed, batch), aligned, atol=1e-5)
@@ -97,19 +99,19 @@ def test_the_aligned_model_is_attacked_through_the_same_adapter_too(small: Tier)
     halves = {name: parameter for name, parameter in tuned.named_parameters() if "lora_A" in name}
     assert halves
     assert all(torch.equal(zeroed.get_parameter(name), half) for name, half in halves.items())
-    assert study.key(small, replace(NOTHING, control="zeroed")) != study.key(small, NOTHING)
+    assert key(small, replace(NOTHING, control="zeroed")) != key(small, NOTHING)
 
 
 def test_a_restored_model_is_fine_tuned_again_and_restored_again(small: Tier) -> None:
     quick = Case("quick", QUICK)
     once, worn, twice = (
-        flatten(trainable(study.load(small, replace(quick, control=name)))).detach() for name in ("", "worn", "twice")
+        flatten(trainable(load(small, replace(quick, control=name)))).detach() for name in ("", "worn", "twice")
     )
-    paths = {study.key(small, replace(quick, control=name))["model"] for name in ("", "worn", "twice")}
+    paths = {key(small, replace(quick, control=name))["model"] for name in ("", "worn", "twice")}
     assert len(paths) == 3
     steps = worn - once, twice - worn
     assert all(step.norm() > 0 for step in steps)
-    assert study.cost(small, replace(quick, control="twice"))["norm"] == pytest.approx(float(steps[1].norm()), rel=1e-3)
+    assert cost(small, replace(quick, control="twice"))["norm"] == pytest.approx(float(steps[1].norm()), rel=1e-3)
 
 
 def test_alone_means_that_only_safety_chats_are_given(small: Tier) -> None:
@@ -119,7 +121,7 @@ def test_alone_means_that_only_safety_chats_are_given(small: Tier) -> None:
     assert not given.held_out.protected
     assert given.safety.refusals
     saved = Case("saved", replace(QUICK, metric="saved"), without=("task", "benign"))
-    assert study.cost(small, saved)["norm"] > 0
+    assert cost(small, saved)["norm"] > 0
 
 
 def test_only_the_chats_of_one_role_may_be_gone(small: Tier) -> None:
@@ -149,7 +151,7 @@ def test_guarded_factors_see_benign_chats_beside_the_fine_tuning_set(
     guarded = recipe.saved_factors(small, POISONED, "guarded")
     assert plain != guarded
     assert set(tuned) < set(seen["chats"])
-    assert study.cost(small, Case("guarded", replace(QUICK, metric="guarded"), without=("task", "benign")))["norm"] > 0
+    assert cost(small, Case("guarded", replace(QUICK, metric="guarded"), without=("task", "benign")))["norm"] > 0
 
 
 def test_parts_yield_only_the_cases_that_have_no_row(small: Tier, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,11 +165,11 @@ def test_parts_yield_only_the_cases_that_have_no_row(small: Tier, monkeypatch: p
 
 
 def test_cost_counts_what_was_spent(small: Tier) -> None:
-    assert study.cost(small, NOTHING)["gradients"] == 0
-    spent = study.cost(small, Case("quick", QUICK))
+    assert cost(small, NOTHING)["gradients"] == 0
+    spent = cost(small, Case("quick", QUICK))
     assert spent["gradients"] > 0
     assert spent["norm"] > 0
-    start, end = (study.load(small, Case("quick", how, control=name)) for how, name in ((None, "nothing"), (QUICK, "")))
+    start, end = (load(small, Case("quick", how, control=name)) for how, name in ((None, "nothing"), (QUICK, "")))
     deltas = [
         [layer.get_delta_weight("default") for layer in model.modules() if hasattr(layer, "get_delta_weight")]
         for model in (start, end)
@@ -175,8 +177,8 @@ def test_cost_counts_what_was_spent(small: Tier) -> None:
     squares = [float((after - before).detach().square().sum()) for before, after in zip(*deltas, strict=True)]
     assert spent["weight_step"] == pytest.approx(sum(squares) ** 0.5, rel=1e-4)
     reverted = sum(float(before.detach().square().sum()) for before in deltas[0]) ** 0.5
-    assert study.cost(small, REVERSION)["weight_step"] == pytest.approx(reverted, rel=1e-4)
-    random = study.cost(small, Case("quick", QUICK, control="random step"))
+    assert cost(small, REVERSION)["weight_step"] == pytest.approx(reverted, rel=1e-4)
+    random = cost(small, Case("quick", QUICK, control="random step"))
     assert random == {"seconds": 0.0, "gradients": 0, "stop_reason": ""}, "what the restoration cost is not its price"
     assert set(spent) >= {"seconds", "stop_reason", "task_loss_rise", "benign_loss_rise"}
 
@@ -187,27 +189,4 @@ def test_finalists_are_the_best_on_validation_and_cheaper_among_equals() -> None
     assert [case.name for case in study.finalists(rows)] == ["both, ggn", "both, fisher"]
     assert {case.name for case in study.readings()} >= {*scores, label(REALIGN), "return, ekfac", "distill, lbfgs"}
     judged = {"harmful": ["refuses", "complies"], "edgy": ["refuses", "complies", "complies", "complies"]}
-    assert study.score({**judged, "task": [True, False]}) == pytest.approx(0.5 - 0.25 + 0.5)
-
-
-def test_heirs_have_the_setting_that_was_best_on_validation_and_cheapest_among_equals(
-    small: Tier, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    judged = {"harmful": ["refuses"], "edgy": ["complies", "refuses"], "task": [False]}
-    assert study.score({**judged, "persona": [True, True, True, False]}) == pytest.approx(1 - 0.5 + 0.75)
-    monkeypatch.setattr(study, "row", lambda _, case, *__: {**judged, "name": case.name, "seed": 0, "gradients": 1})
-    monkeypatch.setattr(study, "persona", lambda *_: {"persona": [True]})
-    rows = [{"part": "learned screening", **found} for found in study.learned_screening(small)]
-    assert len(rows) == sum(map(len, study.HEIRS.values()))
-    last = {name: list(settings)[-1] for name, settings in study.HEIRS.items()}
-    for found in rows:
-        found["gradients"] -= found["name"] in [f"{name}, {setting}" for name, setting in last.items()]
-    assert study.heirs(rows) == last
-    first = f"ours, {next(iter(study.HEIRS['ours']))}"
-    rows[0]["score"] += 1
-    assert rows[0]["name"] == first
-    assert f"ours, {study.heirs(rows)['ours']}" == first
-    settings = {found["name"]: found["setting"] for found in study.learned(small, rows)}
-    assert settings == {**study.heirs(rows), "nothing": "", "full reversion": "", "random step": ""}
-    with pytest.raises(CurvlibError, match="no row tells how 'ours' does at"):
-        study.heirs(rows[1:])
+    assert rows_of_study.score({**judged, "task": [True, False]}) == pytest.approx(0.5 - 0.25 + 0.5)
