@@ -8,13 +8,17 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from curvlib.plots import BLACK, BLUE, CYCLE, MARKERS, RED, figure, whiskers
+
+LINES = 1000  # resamples of a band
 
 
 def predicted_against_actual(panels: Mapping[str, tuple[ArrayLike, ArrayLike]], unit: str = "nats") -> Figure:
     """Draw predicted against measured effects of single examples, one panel a method, with the identity line.
+
+    The band holds 95 per cent of the straight lines that fit resampled effects: does it hold the identity line?
 
     Args:
         panels: name -> predicted and measured effects, of one shape.
@@ -26,10 +30,21 @@ def predicted_against_actual(panels: Mapping[str, tuple[ArrayLike, ArrayLike]], 
         reach = 1.1 * float(max(np.abs(x).max(), np.abs(y).max())) or 1.0
         panel.plot([-reach, reach], [-reach, reach], c=BLACK, lw=1, ls="--", label="y = x")
         panel.plot(x, y, "o", c=BLUE, ms=4, alpha=0.6)
+        if np.ptp(x) > 0:
+            panel.fill_between(*_band(x, y, reach), color=BLUE, alpha=0.2, lw=0, label="fitted lines, 95 %")
         panel.set(xlabel=f"predicted, {unit}", title=name, xlim=(-reach, reach), ylim=(-reach, reach))
     axes[0].set_ylabel(f"measured by retraining, {unit}")
     axes[0].legend(fontsize=10)
     return drawn
+
+
+def _band(x: NDArray[Any], y: NDArray[Any], reach: float) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Return places and the 95 per cent band of least-squares lines through resampled points (x, y)."""
+    generator, places = np.random.default_rng(0), np.linspace(-reach, reach, 41)
+    drawn = (generator.integers(len(x), size=len(x)) for _ in range(LINES))
+    lines = [np.polyval(np.polyfit(x[rows], y[rows], 1), places) for rows in drawn if np.ptp(x[rows]) > 0]
+    low, high = np.percentile(lines, [2.5, 97.5], axis=0)
+    return places, low, high
 
 
 def scores_by_cost(rows: Sequence[Mapping[str, Any]]) -> Figure:

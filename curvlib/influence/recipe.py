@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from curvlib.artifacts import artifact, code_digest
 from curvlib.batches import Example, spread
 from curvlib.evaluate.behaviour import excerpt
 from curvlib.influence.gradients import Gradients, example_gradients, query_gradients
-from curvlib.influence.inverse import RULE, build_inverse
+from curvlib.influence.inverse import RULE, Inverse, build_inverse
 from curvlib.influence.scores import cosine, dot_product, embedding_similarity, gradient_norm, loss_baseline
 from curvlib.landscape.directions import multiply_adapter
 from curvlib.nf4 import bfloat16_products
@@ -60,12 +61,14 @@ class Scores:
     r"""Influence on the compliance queries, (m, n), or (1, n) on their mean, and what it cost.
 
     ``costs`` holds seconds, products and λ; the seconds leave out the chats' gradients, which all methods share.
-    ``direction`` is the mean query's :math:`(H + \lambda I)^{-1} \nabla f`, (P,), kept for the main inverse alone.
+    ``direction`` is the mean query's :math:`(H + \lambda I)^{-1} \nabla f`, (P,), kept for the main inverse alone; so
+    is ``others``: kind of query -> influence on the mean query of that kind, (n,), at the end of the fine-tune.
     """
 
     values: Tensor
     costs: dict[str, float]
     direction: Tensor | None = None
+    others: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def suspicion(self) -> Tensor:
@@ -120,10 +123,10 @@ def scores(
     :func:`curvlib.influence.inverse.build_inverse`).
     """
     examples, _ = training_set(tier, recipe)
-    asked = queries(tier)["compliance"]
+    wanted = queries(tier) if MAIN[0] in methods and not halfway else {"compliance": queries(tier)["compliance"]}
     config = {
         "fine_tuned": stages.fine_tuned(tier, recipe).parent.name,
-        "texts": stages.digest([*examples, *asked]),
+        "texts": stages.digest([*examples, *chain(*wanted.values())]),
         **({"strength": HALF} if halfway else {}),
         "methods": [asdict(method) for method in methods],
         "curvature": tier.influence_curvature,
@@ -137,23 +140,29 @@ def scores(
         store = place / "gradients"
         store.mkdir(exist_ok=True)
         with bfloat16_products(model):
-            rows, wanted = example_gradients(model, examples, folder=store), query_gradients(model, asked)
+            rows = example_gradients(model, examples, folder=store)
+            pulls = {kind: query_gradients(model, chats) for kind, chats in wanted.items()}
         seen = spread(examples, tier.influence_curvature)
-        work = _Work(model, examples, asked, rows, wanted, seen, recipe.seed)
+        work = _Work(model, examples, wanted["compliance"], rows, pulls, seen, recipe.seed)
         found = {method.label: work.score(method) for method in methods}
         shutil.rmtree(store)  # a gigabyte at full size, and the scores are what is wanted
         tensors = {label: scored.values.contiguous() for label, scored in found.items()}
         kept = {f"{label}/direction": s.direction for label, s in found.items() if s.direction is not None}
-        save_file({**tensors, **kept}, place / "scores.safetensors")
+        others = {f"{label}/{kind}": values for label, s in found.items() for kind, values in s.others.items()}
+        save_file({**tensors, **kept, **others}, place / "scores.safetensors")
         costs = {label: scored.costs for label, scored in found.items()}
         (place / "costs.json").write_text(json.dumps(costs, indent=1), "utf-8")
 
     folder = artifact("influence-scores", config, build)
     values, costs = load_file(folder / "scores.safetensors"), json.loads((folder / "costs.json").read_text("utf-8"))
     labels, where = [method.label for method in methods], ", half way" if halfway else ""
-    return {
-        f"{label}{where}": Scores(values[label], costs[label], values.get(f"{label}/direction")) for label in labels
-    }
+    return {f"{label}{where}": _read(label, values, costs) for label in labels}
+
+
+def _read(label: str, tensors: Mapping[str, Tensor], costs: Mapping[str, dict[str, float]]) -> Scores:
+    own = {name.removeprefix(f"{label}/"): tensor for name, tensor in tensors.items() if name.startswith(f"{label}/")}
+    direction = own.pop("direction", None)
+    return Scores(tensors[label], costs[label], direction, own)
 
 
 @dataclass(frozen=True)
@@ -164,14 +173,14 @@ class _Work:
     examples: list[Example]
     asked: list[Example]
     rows: Gradients
-    wanted: Tensor
+    pulls: Mapping[str, Tensor]
     seen: list[Example]
     seed: int
 
     def score(self, method: Method) -> Scores:
         """Return one method's scores and its cost."""
         begin = time.perf_counter()
-        products, damping, direction = 0, 0.0, None
+        products, damping, direction, others = 0, 0.0, None, dict[str, Tensor]()
         if method.name in BASELINES:
             values = self._baseline(method.name)
         else:
@@ -179,19 +188,29 @@ class _Work:
                 method.name, self.model, self.seen, factor=method.factor, products=PRODUCTS, seed=self.seed
             )
             damping = inverse.damping
-            wanted = self.wanted if method.name in DIRECT else self.wanted.mean(dim=0, keepdim=True)
+            wanted = self.pulls["compliance"]
+            if method.name not in DIRECT:
+                wanted = wanted.mean(dim=0, keepdim=True)
             found = [inverse.solve(query) for query in wanted]
             products = sum(solution.products for solution in found)
             solutions = torch.stack([solution.solution for solution in found])
             values = -self.rows.dot(solutions)
-            direction = solutions.mean(dim=0).cpu() if method == MAIN[0] else None
+            if method == MAIN[0]:
+                direction, others = solutions.mean(dim=0).cpu(), self._others(inverse)
         spent = {"seconds": time.perf_counter() - begin, "products": products, "damping": damping}
-        return Scores(values.float().cpu(), spent, direction)
+        return Scores(values.float().cpu(), spent, direction, others)
+
+    def _others(self, inverse: Inverse) -> dict[str, Tensor]:
+        """Return the influence of every chat on the mean query of each other kind."""
+        means = {kind: pull.mean(dim=0) for kind, pull in self.pulls.items() if kind != "compliance"}
+        return {
+            kind: -self.rows.dot(inverse.solve(mean).solution[None])[0].float().cpu() for kind, mean in means.items()
+        }
 
     def _baseline(self, name: str) -> Tensor:
         m, n = len(self.asked), len(self.examples)
         if name in ("dot product", "cosine"):
-            return (dot_product if name == "dot product" else cosine)(self.rows, self.wanted)
+            return (dot_product if name == "dot product" else cosine)(self.rows, self.pulls["compliance"])
         if name == "embedding":
             return embedding_similarity(self.model, self.examples, self.asked)
         alike: dict[str, Callable[[], Tensor]] = {

@@ -61,6 +61,16 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tier:
     return TIER
 
 
+def test_other_queries_are_scored_with_the_main_inverse(tiny: Tier, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, found = recipe.queries(tiny), recipe.scores(tiny, TUNED)["fisher"]
+    assert set(found.others) == {"refusal", "task"}
+    for kind, values in found.others.items():
+        monkeypatch.setattr(recipe, "queries", lambda _, kind=kind: {"compliance": asked[kind]})
+        alone = recipe.scores(tiny, TUNED)["fisher"]
+        assert cases.relative_error(values, alone.values.mean(dim=0)) < 1e-4
+        assert not alone.others
+
+
 def test_scores_are_made_once_and_leave_no_gradients(tiny: Tier, tmp_path: Path, monkeypatch: Any) -> None:
     methods = [*recipe.MAIN, Method("ekfac", 1.0), Method("cg")]
     found = recipe.scores(tiny, TUNED, methods)
