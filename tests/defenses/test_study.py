@@ -72,6 +72,21 @@ def test_equals_do_not_dominate_each_other() -> None:
     assert (found["methods_that_dominate_ours"].value, found["methods_ours_dominates"].value) == (0, 0)
 
 
+def test_margins_tell_where_ours_loses_and_by_how_much() -> None:
+    changed = {"EMA": {"harm": 1}, "SLERP": {"harm": 9, "over": 3, "right": 4}, "Panacea": {"over": 0, "right": 0}}
+    found = study.rows(all_cells(**changed))
+    own = study.margins(found)
+    assert OURS not in own
+    assert BEFORE not in own
+    assert [own["EMA"][rate].value for rate in study.WORTH] == pytest.approx([-40, 0, 0])
+    assert own["EMA"]["harmful_compliance"].low < -40 < own["EMA"]["harmful_compliance"].high <= 0
+    assert [own["SLERP"][rate].value for rate in study.WORTH] == pytest.approx([40, 10, 10])
+    told = {line.split(" | ")[0][2:]: line.split(" | ")[-1][:-2] for line in study.margin_table(found).splitlines()}
+    assert told["EMA"] == "EMA"
+    assert told["SLERP"] == "ours"
+    assert told["Panacea"] == told["RESTA"] == "neither"
+
+
 def test_the_study_searches_once_and_tests_every_seed_and_poison(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[Any] = []
 
