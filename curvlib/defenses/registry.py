@@ -22,6 +22,7 @@ PLACES = (  # file of this package and name in it
     "dare.DARE",
     "resta.RESTA",
     "safelora.SAFELORA",
+    "antidote.ANTIDOTE",
     "stableun.STABLEUN",
     "restoration.ASCENT",
     "restoration.REALIGNMENT",
