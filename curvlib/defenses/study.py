@@ -33,7 +33,7 @@ WORTH = {"harmful_compliance": -1, "over_refusal": -1, "task_accuracy": 1}  # th
 def search_rows(tier: Tier, found: Sequence[Row] = ()) -> Iterator[Row]:
     """Yield one row a trial that ``found`` has not: its score on validation prompts at one seed and 10 % poison.
 
-    Cost: 51 trials of one to four minutes at tier cpu on 2 cores.
+    Cost: three trials a method, of one to four minutes at tier cpu on 2 cores.
     """
     tried = [(row["name"], row["trial"]) for row in found if row["part"] == "search"]
     plan = [(name, dict(trial)) for name, method in METHODS.items() for trial in method.trials]
