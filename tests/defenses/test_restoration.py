@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
+from curvlib.batches import answer_logits, answer_targets
 from curvlib.defenses import restoration
 from curvlib.defenses.method import Setting
 from curvlib.parameters import flatten, trainable
+from curvlib.restore.outcome import Budget
 from curvlib.restore.recipe import Restoration, run
 from tests import cases
 from tests.defenses.tiny import tiny  # noqa: F401  a fixture
@@ -33,6 +37,19 @@ def test_realignment_is_one_run_whatever_it_costs_the_task(tiny: Setting) -> Non
     found = restoration.realignment(tiny, rate=1e-2, steps=3)
     assert found.gradients == 3 * tiny.training.batch_size
     assert not torch.equal(flatten(trainable(found.model)), flatten(trainable(tiny.tuned())))
+
+
+def test_ascent_steps_along_the_gradient_by_the_allowance_or_a_half_of_it(tiny: Setting) -> None:  # noqa: F811
+    model, told = tiny.tuned(), tiny.chats.safety.compliances
+    parameters = list(trainable(model).values())
+    losses = [cross_entropy(answer_logits(model, b), answer_targets(b), reduction="sum") for b in told]
+    tokens = sum(batch.tokens for batch in told)
+    gradient = flatten(torch.autograd.grad(torch.stack(losses).sum() / tokens, parameters))
+    moved = flatten(trainable(restoration.ascent(tiny, rise=9.0, steps=1).model)) - flatten(parameters)
+    assert float(torch.cosine_similarity(moved, gradient, dim=0)) == pytest.approx(1.0, abs=1e-4)
+    halvings = -math.log2(float(moved.norm()) / (2 * Budget().trust) ** 0.5)
+    assert halvings == pytest.approx(round(halvings), abs=1e-3)
+    assert 0 <= round(halvings) <= Budget().halvings
 
 
 def test_ascent_is_plain_gradient_in_the_identity_metric(tiny: Setting, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
+from curvlib.batches import Batch, answer_logits, answer_targets
 from curvlib.defenses import stableun
 from curvlib.defenses.method import Setting
 from curvlib.defenses.stableun import points, without_conflict
+from curvlib.parameters import flatten, shifted, trainable
 from curvlib.restore import objectives
 from tests import cases
 from tests.defenses.tiny import tiny  # noqa: F401  a fixture
@@ -37,6 +40,30 @@ def test_the_points_have_one_radius_and_their_own_directions() -> None:
     assert torch.equal(found[2].sign(), gradient.sign())
     torch.testing.assert_close(found[3], 0.5 * (before - theta) / (before - theta).norm())
     assert len(points(theta, theta, gradient, 0.5, torch.Generator())) == 3  # no history yet
+
+
+def test_a_first_step_goes_by_the_rate_along_the_projected_sum(
+    tiny: Setting,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(stableun, "STEPS", 1)
+    model, chats, rate = tiny.tuned(), tiny.chats, 1e-3
+    parameters = list(trainable(model).values())
+    theta = flatten(parameters)
+
+    def gradient(batch: Batch, step: torch.Tensor | None = None) -> torch.Tensor:
+        with shifted(parameters, torch.zeros_like(theta) if step is None else step):
+            loss = cross_entropy(answer_logits(model, batch), answer_targets(batch))
+            return flatten(torch.autograd.grad(loss, parameters))
+
+    agree, kept = chats.safety.compliances[0], chats.task[0]
+    around = points(
+        theta, theta, -gradient(agree), stableun.RADIUS * float(theta.norm()), torch.Generator().manual_seed(0)
+    )
+    forget = -torch.stack([gradient(agree), *(gradient(agree, step) for step in around)]).mean(dim=0)
+    total = without_conflict(forget, gradient(kept)) + gradient(kept)
+    moved = flatten(trainable(stableun.stableun(tiny, rate).model)) - theta
+    torch.testing.assert_close(moved, -rate * total / (total.abs() + 1e-8), atol=2e-6, rtol=1e-3)  # Adam's first step
 
 
 def test_agreement_is_forgotten_and_the_rest_kept_better_than_by_forgetting_alone(
