@@ -163,7 +163,7 @@ def _solved(given: Setting, operator: Operator) -> Metric:
 
 def _ekfac(given: Setting) -> Metric:
     model = ekfac(given.model, given.protected, rank=EKFAC_RANK, seed=given.seed)
-    return Metric(exactly(model.inverse(given.shift).matvec), 2 * given.rows)  # two passes over all chats and draws
+    return Metric(exactly(model.inverse(given.shift).matvec), 3 * given.rows)  # two passes of its own; one for the unit
 
 
 def _lbfgs(given: Setting) -> Metric:

@@ -49,6 +49,12 @@ def test_a_solver_inverts_its_damped_matrix(name: str, damping: float) -> None:
     assert cases.relative_error(matrix.matvec(b / shift), b) > 2e-2  # so that the matrix is seen
 
 
+@pytest.mark.parametrize(("name", "passes"), [("identity", 0), ("fisher", 1), ("ggn", 1), ("ekfac", 3)])
+def test_building_a_metric_counts_its_passes(name: str, passes: int) -> None:
+    model, counted = cases.pair()[0], metrics.DRAWS * sum(map(len, TASK))
+    assert build_metric(name, model, TASK, damping=0.1, products=1).gradients == passes * counted
+
+
 @pytest.mark.parametrize(("name", "sign"), [("lbfgs", 1.0), ("composite", -1.0)])
 def test_lbfgs_maps_the_newest_pair_back(name: str, sign: float) -> None:
     model, shift = cases.pair()[0], 100 * fisher().scale  # so much that no pair needs Powell's damping
