@@ -34,7 +34,7 @@ def predicted_against_actual(panels: Mapping[str, tuple[ArrayLike, ArrayLike]], 
             panel.fill_between(*_band(x, y, reach), color=BLUE, alpha=0.2, lw=0, label="fitted lines, 95 %")
         panel.set(xlabel=f"predicted, {unit}", title=name, xlim=(-reach, reach), ylim=(-reach, reach))
     axes[0].set_ylabel(f"measured by retraining, {unit}")
-    axes[0].legend(loc="lower right", fontsize=10)
+    axes[-1].legend(loc="lower right", fontsize=10)
     return drawn
 
 
