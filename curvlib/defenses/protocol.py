@@ -33,7 +33,7 @@ from curvlib.tiers import Tier
 Flags = NDArray[np.float64]
 Split = Literal["validation", "test"]
 # files of curvlib.restore that measure or serve its results
-NOT_RESTORING = ("cases", "claims", "controls", "door", "learned", "measures", "rows", "study")
+NOT_RESTORING = ("cases", "claims", "controls", "door", "learned", "measures", "rows", "study", "table")
 SEARCHED = FineTune(poison=0.1, seed=0)  # the fine-tune on which trials are compared
 setting_of = lru_cache(maxsize=1)(Setting.of)  # a setting holds its models
 

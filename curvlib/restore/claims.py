@@ -5,17 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from curvlib.evaluate.intervals import Estimate, over_seeds, paired_difference
 from curvlib.report import Claim
 from curvlib.restore.cases import Row
-from curvlib.restore.measures import SHOTS
 from curvlib.restore.realign import candidates
-from curvlib.restore.rows import by_name, less, points, rank, score_lead
+from curvlib.restore.rows import by_name, few_shot, less, points, rank, score_lead
 from curvlib.restore.study import ALONE, FEW, OURS, REALIGN, label, under_attack
 
 TRIED = len(candidates())  # runs of re-alignment, all of the same number of steps, among which held-out losses choose
@@ -128,12 +123,7 @@ def _broken(group: Sequence[Row]) -> Estimate:
 
 
 def _few_shot_drop(before: Sequence[Row], after: Sequence[Row]) -> Estimate:
-    def answers(found: Row) -> NDArray[Any]:
-        by_count = np.array([points(found[f"shots_{count}"]) for count in SHOTS])
-        means: NDArray[Any] = by_count.mean(axis=0)  # a question asked with several numbers of shots is one observation
-        return means
-
-    return over_seeds([answers(found) for found in before], [answers(found) for found in after])
+    return over_seeds([few_shot(found) for found in before], [few_shot(found) for found in after])
 
 
 def _learned_claims(rows: Sequence[Row]) -> list[Claim]:

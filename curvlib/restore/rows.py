@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from curvlib.evaluate.intervals import Estimate, over_seeds, sum_over_seeds
 from curvlib.evaluate.scorecard import scorecard
 from curvlib.restore.cases import Case, Row, cost, key, load
+from curvlib.restore.measures import SHOTS
 from curvlib.tiers import Tier
 
 
@@ -64,6 +65,16 @@ def flags(values: Sequence[object], verdict: str | None = None) -> list[float]:
 def points(values: Sequence[object], verdict: str | None = None) -> list[float]:
     """Return :func:`flags` in points."""
     return [100.0 * flag for flag in flags(values, verdict)]
+
+
+def few_shot(found: Row) -> NDArray[Any]:
+    """Return the share of right answers to each question of the second task, in points.
+
+    A question that is asked with several numbers of shots is one observation, their mean.
+    """
+    by_count = np.array([points(found[f"shots_{count}"]) for count in SHOTS])
+    means: NDArray[Any] = by_count.mean(axis=0)
+    return means
 
 
 def less(first: Sequence[Row], second: Sequence[Row], part: str, verdict: str | None = None) -> Estimate:
