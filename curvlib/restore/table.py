@@ -33,7 +33,7 @@ def contest_table(rows: Sequence[Row]) -> str:
     Rates have the intervals of the figures, over seeds and prompts; few-shot answers one over questions, asked with
     several numbers of shots each; perplexity the hull of its seeds' intervals over texts. What was paid has its least
     and its greatest seed: the rise of the held-out task loss, the step's length in the adapter's numbers, seconds and
-    gradients. It is left out where the rows do not hold it.
+    gradients. It is left out where nothing restored the model.
     """
     heads = ("model", *RATES, "few-shot, %", "perplexity", *COSTS)
     return markdown_table(heads, [[name, *_cells(group)] for name, group in by_name(rows).items()])
@@ -53,8 +53,8 @@ def _cells(group: Sequence[Row]) -> list[str]:
 
 
 def _spread(group: Sequence[Row], field: str) -> Estimate | None:
-    """Return the mean over the seeds with the least and the greatest; None where no seed has the field."""
-    paid = [float(row[field]) for row in group if field in row]
+    """Return the mean over the seeds with the least and the greatest; None where nothing restored the model."""
+    paid = [float(row[field]) for row in group if row.get("stop_reason") and field in row]
     return Estimate(sum(paid) / len(paid), min(paid), max(paid), len(paid)) if paid else None
 
 
