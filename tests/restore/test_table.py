@@ -21,7 +21,8 @@ def row(name: str, seed: int, **paid: Any) -> dict[str, Any]:
 def test_every_cell_holds_its_number_and_its_ends() -> None:
     paid = [{"task_loss_rise": 0.1, "norm": 1.0, "seconds": 50.0, "gradients": 160}, {"norm": 2.0, "seconds": 70.0}]
     given = [row("ours", seed, stop_reason="steps spent", **own) for seed, own in enumerate(paid)]
-    heads, _, line, other = (text[2:-2].split(" | ") for text in contest_table([*given, row("free", 0, stop_reason="", norm=0.0)]).splitlines())
+    told = contest_table([*given, row("free", 0, stop_reason="", norm=0.0)]).splitlines()
+    heads, _, line, other = (text[2:-2].split(" | ") for text in told)
     cells = dict(zip(heads, line, strict=True))
     rate = pooled_rate([flags(found["harmful"], "complies") for found in given])
     assert cells["complies, %"] == f"30 [{100 * rate.low:.0f}, {100 * rate.high:.0f}]"
