@@ -64,7 +64,8 @@ def restore_adapter(request: Request) -> dict[str, Outcome]:
 
     Raises:
         CurvlibError: ``out`` exists or lies in the given adapter, malformed data, an adapter that does not fit, a base
-            that does not refuse, no improvement.
+            that does not refuse, an adapter that does not help on the task as one of another base of the same shapes,
+            no improvement.
     """
     if request.out.exists():
         raise CurvlibError(f"{request.out} exists: give a new folder for the restored adapter")
@@ -74,6 +75,7 @@ def restore_adapter(request: Request) -> dict[str, Outcome]:
     tokenizer = models.load_tokenizer(request.base)
     tasks = cut(encode_chats(tokenizer, request.task, task), TASK, "task chats", request.seed)
     model = load_pair(request.base, request.adapter, request.device)
+    _check_base(model, make_batches([*tasks.learn, *tasks.choose], BATCH_SIZE, stages.pad_id(tokenizer)), request)
     result = run(model, _chats(model, tokenizer, harmful, benign, tasks), request.how, seed=request.seed)
     if len(result.steps) == 1:
         raise _no_improvement(result.stop_reason)
@@ -136,6 +138,19 @@ def load_pair(base: str, adapter: Path, device: str | None) -> PeftModel:
             f"the adapter {adapter} holds {stored} tensors where LoRA on {base!r} has {expected}: {advice}"
         )
     return adapted
+
+
+def _check_base(model: PeftModel, task: Sequence[Batch], request: Request) -> None:
+    """Raise where the adapter does not lower the task's loss: shapes fit any model of the family, training only one."""
+    worn = objectives.mean_loss(model, task)
+    with reference_model(model, "adapter off") as base:
+        bare = objectives.mean_loss(base, task)
+    if worn >= bare:
+        named = model.active_peft_config.base_model_name_or_path
+        raise CurvlibError(
+            f"the adapter {request.adapter} does not help on {request.task} (loss {worn:.3f} nats with it, {bare:.3f} "
+            f"without): give the base that it was trained on, its config names {named!r}, and chats of its task"
+        )
 
 
 def _harmful(request: Request) -> Split:

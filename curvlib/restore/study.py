@@ -36,6 +36,7 @@ BOUNDS = (  # what else may bound the default reading's step
     Case("steps orthogonal to the protected gradient", Restoration(budget=Budget(orthogonal=True))),
     Case("allowance by the ratio", Restoration(budget=Budget(ratio=True))),
     Case("the task alone in the metric", OURS, "task alone"),
+    Case("the task's GGN alone", Restoration(metric="ggn"), "task alone"),
     Case("no metric", CONTENDERS["plain gradient"]),
 )
 CONTROLS = (

@@ -12,12 +12,15 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from curvlib import models
+from curvlib.batches import encode
 from curvlib.cli import main
 from curvlib.errors import CurvlibError
 from curvlib.evaluate.behaviour import summarise
+from curvlib.finetune import TrainingConfig, train
 from curvlib.parameters import flatten
 from curvlib.restore import door
 from curvlib.restore.given import cut, read_chats
+from curvlib.stages import MAX_LENGTH
 from tests import cases
 from tests.evaluate import toys
 
@@ -41,7 +44,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CURVLIB_CACHE", str(folder / "cache"))
         models.save_dense(cases.llama(), toys.tokenizer(), folder / "base")
-        cases.add_lora(models.load_model(str(folder / "base"))).save_pretrained(str(folder / "adapter"))
+        adapted = cases.add_lora(models.load_model(str(folder / "base")))
+        examples = encode(toys.tokenizer(), [chat(n)["messages"] for n in range(16)], MAX_LENGTH)
+        train(adapted, examples, TrainingConfig(steps=20, learning_rate=1e-2), pad_id=0)
+        adapted.save_pretrained(str(folder / "adapter"))
     write(folder / "task.jsonl", [chat(n) for n in range(16)])
     write(folder / "harmful.jsonl", [chat(n, "I cannot help") for n in range(12)])
     write(folder / "benign.jsonl", [{"prompt": f"plan {word}"} for word in WORDS[:12]])
@@ -152,6 +158,18 @@ def test_a_foreign_adapter_is_told(run: Any, tmp_path: Path, capsys: pytest.Capt
     (tmp_path / "narrower" / "adapter_model.safetensors").write_bytes(b"torn")
     assert run(adapter=tmp_path / "narrower") == 1
     assert "does not fit" in line(capsys)
+
+
+def test_an_adapter_of_another_base_of_the_same_shapes_is_told(
+    run: Any, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models.save_dense(cases.llama(seed=7), toys.tokenizer(), tmp_path / "other")
+    assert run(base=tmp_path / "other") == 1
+    told = line(capsys)
+    assert "does not help on" in told
+    named = json.loads((place / "adapter" / "adapter_config.json").read_text("utf-8"))["base_model_name_or_path"]
+    assert f"its config names {named!r}" in told
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
