@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from curvlib.batches import Batch, answer_logits
-from curvlib.defenses.layers import added, patch
+from curvlib.defenses.layers import adapted_layers, added, patch
 from curvlib.defenses.method import Defended, Method, Setting
-from curvlib.landscape.directions import adapter_direction, linear_layers, multiply_adapter
+from curvlib.landscape.directions import adapter_direction, multiply_adapter
 
 
 @torch.no_grad()
@@ -34,8 +34,7 @@ def input_norms(model: nn.Module, batches: Sequence[Batch]) -> dict[str, Tensor]
         found = inputs[0][seen].float().square().sum(dim=0)
         squares[name] = squares[name] + found if name in squares else found
 
-    layers = {name: layer for name, layer in linear_layers(model).items() if hasattr(layer, "lora_B")}
-    handles = [layer.register_forward_pre_hook(partial(add, name)) for name, layer in layers.items()]
+    handles = [layer.register_forward_pre_hook(partial(add, name)) for name, layer in adapted_layers(model).items()]
     try:
         for batch in batches:
             seen = batch.attention_mask.bool()

@@ -7,13 +7,18 @@ from functools import partial
 from typing import Any
 
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from curvlib.errors import CurvlibError
 from curvlib.landscape.directions import Chain, linear_layers
 
 Below = Callable[[Tensor], Tensor]  # what the layer did before
 Around = Callable[[Tensor, Below], Tensor]  # (input, below) -> output
+
+
+def adapted_layers(model: nn.Module) -> dict[str, Any]:
+    """Return name -> linear layer, of those that an adapter is around."""
+    return {name: layer for name, layer in linear_layers(model).items() if hasattr(layer, "lora_B")}
 
 
 def patch(model: PeftModel, around: Mapping[str, Around]) -> None:
@@ -24,9 +29,9 @@ def patch(model: PeftModel, around: Mapping[str, Around]) -> None:
     Raises:
         CurvlibError: the model has no adapted layer of that name.
     """
-    layers: dict[str, Any] = linear_layers(model)
+    layers = adapted_layers(model)
     for name, function in around.items():
-        if not hasattr(layers.get(name), "lora_B"):
+        if name not in layers:
             raise CurvlibError(f"the model has no adapted layer {name!r}: adapt all linear layers")
         layers[name].forward = partial(_patched, layers[name], function, layers[name].forward)
 

@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from curvlib.batches import Batch, taken_apart
-from curvlib.defenses.layers import instead, patch
+from curvlib.defenses.layers import adapted_layers, instead, patch
 from curvlib.defenses.method import Defended, Method, Setting
 from curvlib.defenses.quantiser import QuantisedLinear
 from curvlib.evaluate.behaviour import reference_model
 from curvlib.evaluate.generate import left_pad
-from curvlib.landscape.directions import effective_weight, linear_layers
+from curvlib.landscape.directions import effective_weight
 from curvlib.prefix import token_positions
 from curvlib.progress import bar
 
@@ -127,11 +127,10 @@ def trace(model: nn.Module, blocks: Sequence[nn.Module], prompts: Prompts) -> Tr
 
 def quantise(model: PeftModel, bits: int, input_bits: int | None = None) -> dict[str, QuantisedLinear]:
     """Put a fake-quantised twin of its effective weight around each adapted layer, and return the twins by name."""
-    twins = {}
-    for name, layer in linear_layers(model).items():
-        if hasattr(layer, "lora_B"):
-            base: Any = layer.base_layer
-            twins[name] = QuantisedLinear(effective_weight(layer), base.bias, bits, input_bits)
+    twins = {
+        name: QuantisedLinear(effective_weight(layer), layer.base_layer.bias, bits, input_bits)
+        for name, layer in adapted_layers(model).items()
+    }
     patch(model, {name: instead(twin) for name, twin in twins.items()})
     return twins
 

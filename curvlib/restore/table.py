@@ -32,7 +32,7 @@ def contest_table(rows: Sequence[Row]) -> str:
 
     Rates have the intervals of the figures, over seeds and prompts; few-shot answers one over questions, asked with
     several numbers of shots each; perplexity the hull of its seeds' intervals over texts. What was paid has its least
-    and its greatest seed: the rise of the held-out task loss, the step's length in the adapter's numbers, seconds and
+    and its greatest seed: the rise of the held-out task loss, the step's norm in effective weights, seconds and
     gradients. It is left out where nothing restored the model.
     """
     heads = ("model", *RATES, "few-shot, %", "perplexity", *COSTS)

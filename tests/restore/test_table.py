@@ -19,9 +19,12 @@ def row(name: str, seed: int, **paid: Any) -> dict[str, Any]:
 
 
 def test_every_cell_holds_its_number_and_its_ends() -> None:
-    paid = [{"task_loss_rise": 0.1, "norm": 1.0, "seconds": 50.0, "gradients": 160}, {"norm": 2.0, "seconds": 70.0}]
+    paid = [
+        {"task_loss_rise": 0.1, "weight_step": 1.0, "seconds": 50.0, "gradients": 160},
+        {"weight_step": 2.0, "seconds": 70.0},
+    ]
     given = [row("ours", seed, stop_reason="steps spent", **own) for seed, own in enumerate(paid)]
-    told = contest_table([*given, row("free", 0, stop_reason="", norm=0.0)]).splitlines()
+    told = contest_table([*given, row("free", 0, stop_reason="", weight_step=0.0)]).splitlines()
     heads, _, line, other = (text[2:-2].split(" | ") for text in told)
     cells = dict(zip(heads, line, strict=True))
     rate = pooled_rate([flags(found["harmful"], "complies") for found in given])
@@ -30,6 +33,7 @@ def test_every_cell_holds_its_number_and_its_ends() -> None:
     assert cells["few-shot, %"].split(" ")[0] == f"{100 * (1 + 1 / 3) / 2:.0f}"
     assert cells["perplexity"] == "40.5 [30.0, 51.0]"
     assert cells["seconds"] == "60 [50, 70]"
+    assert cells["‖ΔW‖"] == "1.5 [1.0, 2.0]"
     assert cells["task loss, nats"] == "+0.10 [+0.10, +0.10]"
     assert set(heads) == {"model", *RATES, "few-shot, %", "perplexity", *COSTS}
     assert [cell.strip() for cell in other[-len(COSTS) :]] == [""] * len(COSTS)
