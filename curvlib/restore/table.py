@@ -18,7 +18,7 @@ RATES = {  # column -> part of a row, and the verdict that counts; one without a
 }
 COSTS = {  # column -> field of a row, and how it is written
     "task loss, nats": ("task_loss_rise", "+.2f"),
-    "‖ΔW‖": ("weight_step", ".1f"),
+    "‖ΔW‖": ("weight_step", ".2f"),
     "seconds": ("seconds", ".0f"),
     "gradients": ("gradients", ".0f"),
 }

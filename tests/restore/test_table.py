@@ -33,7 +33,7 @@ def test_every_cell_holds_its_number_and_its_ends() -> None:
     assert cells["few-shot, %"].split(" ")[0] == f"{100 * (1 + 1 / 3) / 2:.0f}"
     assert cells["perplexity"] == "40.5 [30.0, 51.0]"
     assert cells["seconds"] == "60 [50, 70]"
-    assert cells["‖ΔW‖"] == "1.5 [1.0, 2.0]"
+    assert cells["‖ΔW‖"] == "1.50 [1.00, 2.00]"
     assert cells["task loss, nats"] == "+0.10 [+0.10, +0.10]"
     assert set(heads) == {"model", *RATES, "few-shot, %", "perplexity", *COSTS}
     assert [cell.strip() for cell in other[-len(COSTS) :]] == [""] * len(COSTS)
