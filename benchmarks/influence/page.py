@@ -42,8 +42,17 @@ def table(rows: list[Row]) -> str:
         memory = f"{row['peak_memory_mb']:.0f} ({row['before_mb']:.0f})"
         score = "" if row["lds"] is None else "{:.2f} ({:.2f} to {:.2f})".format(*row["lds"])
         ranks = "" if row["correlation"] is None else f"{row['correlation']:.2f}"
-        lines.append(f"{head}| {row['seconds']:.3g} | {memory} | {score} | {ranks} |")
+        lines.append(f"{head}| {short(row['seconds'])} | {memory} | {score} | {ranks} |")
     return "\n".join(lines) + "\n"
+
+
+def short(number: float) -> str:
+    """Return three digits, or all before the point.
+
+    >>> short(1801.4), short(0.6078), short(353.2)
+    ('1801', '0.608', '353')
+    """
+    return f"{number:.0f}" if abs(number) >= 100 else f"{number:.3g}"
 
 
 def verdict(rows: list[Row]) -> str:
@@ -58,7 +67,7 @@ def verdict(rows: list[Row]) -> str:
         if best is None:
             continue
         found += [
-            f"{row['package']} ({row['method']}) in {quantity}, {sign * value:.3g} against {sign * best:.3g}"
+            f"{row['package']} ({row['method']}) in {quantity}, {short(sign * value)} against {short(sign * best)}"
             for row, value in values
             if row["package"] != "curvlib" and value < best
         ]
