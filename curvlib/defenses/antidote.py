@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from curvlib.batches import Batch, answer_logits
-from curvlib.defenses.layers import adapted_layers, added, patch
+from curvlib.defenses.layers import added, patch
 from curvlib.defenses.method import Defended, Method, Setting
-from curvlib.landscape.directions import adapter_direction, multiply_adapter
+from curvlib.landscape.directions import adapted_layers, adapter_direction, multiply_adapter
 
 
 @torch.no_grad()

@@ -7,18 +7,13 @@ from functools import partial
 from typing import Any
 
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from curvlib.errors import CurvlibError
-from curvlib.landscape.directions import Chain, linear_layers
+from curvlib.landscape.directions import Chain, adapted_layers
 
 Below = Callable[[Tensor], Tensor]  # what the layer did before
 Around = Callable[[Tensor, Below], Tensor]  # (input, below) -> output
-
-
-def adapted_layers(model: nn.Module) -> dict[str, Any]:
-    """Return name -> linear layer, of those that an adapter is around."""
-    return {name: layer for name, layer in linear_layers(model).items() if hasattr(layer, "lora_B")}
 
 
 def patch(model: PeftModel, around: Mapping[str, Around]) -> None:

@@ -101,6 +101,11 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
+def adapted_layers(model: nn.Module) -> dict[str, Any]:
+    """Return name -> linear layer, of those that an adapter is around."""
+    return {name: layer for name, layer in linear_layers(model).items() if hasattr(layer, "lora_B")}
+
+
 @torch.no_grad()
 def effective_weight(layer: nn.Module) -> Tensor:
     r"""Return :math:`\mathrm{deq}(q) + s\,BA` (out, in) of a layer in float32 or wider; a new tensor at each call."""
@@ -153,23 +158,19 @@ def random_like(direction: Direction, *, seed: int, rank: int = 8) -> Direction:
 def adapter_direction(model: PeftModel) -> Direction:
     r"""Return the active adapter's :math:`\Delta W = s\,BA` of each adapted layer, as (s B, A)."""
     chains: dict[str, Chain] = {}
-    layer: Any  # peft's layers have no annotations
-    for name, layer in linear_layers(model).items():
-        if hasattr(layer, "lora_A"):
-            adapter = layer.active_adapters[0]
-            down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-            chains[name] = (layer.scaling[adapter] * up.detach(), down.detach().clone())
+    for name, layer in adapted_layers(model).items():
+        adapter = layer.active_adapters[0]
+        down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+        chains[name] = (layer.scaling[adapter] * up.detach(), down.detach().clone())
     return Direction(chains)
 
 
 @torch.no_grad()
 def multiply_adapter(model: PeftModel, factor: Callable[[str], float | Tensor]) -> None:
     r"""Multiply each layer's :math:`\Delta W = s\,BA` by ``factor(name)`` from the left: a number or (out, out)."""
-    layer: Any
-    for name, layer in linear_layers(model).items():
-        if hasattr(layer, "lora_B"):
-            up, by = layer.lora_B[layer.active_adapters[0]].weight, factor(name)
-            up.copy_(by.to(up) @ up if isinstance(by, Tensor) else by * up)
+    for name, layer in adapted_layers(model).items():
+        up, by = layer.lora_B[layer.active_adapters[0]].weight, factor(name)
+        up.copy_(by.to(up) @ up if isinstance(by, Tensor) else by * up)
 
 
 def weight_difference(before: nn.Module, after: nn.Module) -> Direction:
