@@ -46,10 +46,9 @@ def test_the_splits_are_large_enough(name: str, monkeypatch: pytest.MonkeyPatch)
 
 def test_ci_is_the_smallest() -> None:
     ci, cpu = get_tier("ci"), get_tier("cpu")
-    shared = ("align_steps", "tune_steps", "tune_examples")  # so that both start from the same models
-    assert all(getattr(ci, name) == getattr(cpu, name) for name in shared)
+    assert ci.align_steps == cpu.align_steps  # so that both start from the same aligned model
     assert len(ci.poison_rates) < len(cpu.poison_rates)
-    assert ci.test_harmful < cpu.test_harmful
+    assert all(getattr(ci, name) < getattr(cpu, name) for name in ("tune_steps", "tune_examples", "test_harmful"))
 
 
 def test_the_contest_changes_sizes_that_there_are() -> None:
