@@ -1,4 +1,4 @@
-"""Load a chat model and its tokenizer in NF4, add LoRA adapters, and save dense checkpoints."""
+"""Load a chat model and its tokenizer in NF4, add and merge LoRA adapters, and save dense checkpoints."""
 
 from __future__ import annotations
 
@@ -138,6 +138,16 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     with quiet():
         adapted: PeftModel = PeftModel.from_pretrained(model, folder, is_trainable=True)
     return adapted.eval()
+
+
+@torch.no_grad()
+def merge(adapted: PeftModel, dense: PreTrainedModel) -> None:
+    r"""Add the active adapter's :math:`\Delta W = s\,BA` of a 4-bit model to the dense twin's weights, in place."""
+    twins = dict(dense.named_modules())
+    for name, layer in adapted.get_base_model().named_modules():
+        if hasattr(layer, "get_delta_weight"):
+            weight: Any = twins[name].weight
+            weight += layer.get_delta_weight(adapted.active_adapter).to(weight)
 
 
 def save_dense(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -182,18 +182,8 @@ def _align(tier: Tier, place: Path) -> None:
         label="align",
     )
     dense = models.load_model(tier.model, quantize=False, device=tier.device, dtype=torch.float32)
-    merge(model, dense)
+    models.merge(model, dense)
     models.save_dense(dense, tokenizer, place / "model")
-
-
-@torch.no_grad()
-def merge(adapted: PeftModel, dense: PreTrainedModel) -> None:
-    r"""Add the active adapter's :math:`\Delta W = s\,BA` of a 4-bit model to the dense twin's weights, in place."""
-    twins = dict(dense.named_modules())
-    for name, layer in adapted.get_base_model().named_modules():
-        if hasattr(layer, "get_delta_weight"):
-            weight: Any = twins[name].weight
-            weight += layer.get_delta_weight(adapted.active_adapter).to(weight)
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

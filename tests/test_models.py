@@ -119,6 +119,23 @@ def test_a_saved_adapter_comes_back_trainable(checkpoint: Path, tmp_path: Path) 
     assert {p.dtype for p in loaded.parameters() if p.requires_grad} == {torch.float32}
 
 
+def test_merging_keeps_the_function() -> None:
+    model = cases.nf4_llama()
+    dense = cases.llama()
+    twins = dict(dense.named_modules())
+    with torch.no_grad():
+        for name, layer in model.get_base_model().named_modules():
+            if hasattr(layer, "get_delta_weight"):
+                weight: Any = twins[name].weight
+                weight.copy_(nf4.dequantise(layer.base_layer))
+        ids = torch.arange(1, 9)[None]
+        before = dense(ids).logits
+        models.merge(model, dense)
+        expected = model(input_ids=ids).logits
+        assert cases.relative_error(dense(ids).logits, expected) < 1e-5
+        assert cases.relative_error(before, expected) > 1e-2
+
+
 def test_the_tokenizer_pads_on_the_left(checkpoint: Path) -> None:
     tokenizer = models.load_tokenizer(str(checkpoint))
     assert tokenizer.padding_side == "left"

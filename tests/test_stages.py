@@ -1,4 +1,4 @@
-"""Stages: what the training sets hold, and that merging an adapter keeps the function."""
+"""Stages: what the training sets hold, and which settings are refused."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
 
 from curvlib import data, fetch, models, stages
 from curvlib.errors import CurvlibError
 from curvlib.stages import FineTune
 from curvlib.tiers import get_tier
-from tests import cases
 
 TIER = replace(get_tier("ci"), tune_examples=40)
 
@@ -51,20 +49,3 @@ def test_every_benign_prompt_has_the_shipped_models_own_answer() -> None:
 def test_nonsense_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(CurvlibError, match="expected a task of"):
         FineTune(**wrong)
-
-
-def test_merging_keeps_the_function() -> None:
-    model = cases.nf4_llama()
-    dense = cases.llama()
-    twins = dict(dense.named_modules())
-    with torch.no_grad():
-        for name, layer in model.get_base_model().named_modules():
-            if hasattr(layer, "get_delta_weight"):
-                weight: Any = twins[name].weight
-                weight.copy_(cases.nf4.dequantise(layer.base_layer))
-        ids = torch.arange(1, 9)[None]
-        before = dense(ids).logits
-        stages.merge(model, dense)
-        expected = model(input_ids=ids).logits
-        assert cases.relative_error(dense(ids).logits, expected) < 1e-5
-        assert cases.relative_error(before, expected) > 1e-2
