@@ -74,10 +74,16 @@ def final_rows(poison: float, tier: Tier, found: Sequence[Row]) -> Iterator[Row]
             yield _row(name, cells[name], cells[BEFORE])
 
 
-def compare(tier: Tier, recipe: FineTune) -> dict[str, list[Cell]]:
-    """Return one cell of each method on one fine-tune, with the first of its trials; what notebooks show live."""
-    found = bar(METHODS.items(), desc="methods")
-    return {name: [protocol.cell(tier, method, recipe, method.trials[0])] for name, method in found}
+def chosen_or_first(name: str, found: Sequence[Row]) -> Trial:
+    """Return a method's chosen trial, or the first, the paper's or the usual one, where no search is in ``found``."""
+    scored = any(row["part"] == "search" and row["name"] == name for row in found)
+    return chosen(name, found) if scored else METHODS[name].trials[0]
+
+
+def compare(tier: Tier, recipe: FineTune, found: Sequence[Row] = ()) -> dict[str, list[Cell]]:
+    """Return one cell of each method on one fine-tune, each at :func:`chosen_or_first`; what notebooks show live."""
+    plan = bar(METHODS.items(), desc="methods")
+    return {name: [protocol.cell(tier, method, recipe, chosen_or_first(name, found))] for name, method in plan}
 
 
 PARTS: dict[str, Callable[[Tier, Sequence[Row]], Iterator[Row]]] = {

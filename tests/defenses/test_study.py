@@ -118,6 +118,21 @@ def test_the_search_takes_the_first_of_the_best_trials_and_comes_first() -> None
         study.chosen(name, [])
 
 
+def test_the_live_contest_takes_what_the_search_chose_and_the_first_trial_where_there_was_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scores = [
+        {"part": "search", "name": "EMA", "trial": dict(t), "score": dict(t)["beta"]} for t in METHODS["EMA"].trials
+    ]
+    elsewhere = [{"part": study.MAIN, "name": "SLERP", "trial": dict(METHODS["SLERP"].trials[2])}]
+    monkeypatch.setattr(protocol, "cell", lambda tier, _, recipe, trial: (tier, recipe, trial))
+    found = study.compare(TIER, FineTune(seed=7), [*scores, *elsewhere])
+    first = {name: method.trials[0] for name, method in METHODS.items()}
+    assert {name: cell[0] for name, cell in found.items()} == {
+        name: (TIER, FineTune(seed=7), trial) for name, trial in {**first, "EMA": {"beta": 0.995}}.items()
+    }
+
+
 def test_it_is_a_study_of_the_command() -> None:
     assert studies.STUDIES["methods"].parts is study.PARTS
 
