@@ -55,7 +55,8 @@ def chosen(name: str, found: Sequence[Row]) -> Trial:
     tried = [row for row in found if row["part"] == "search" and row["name"] == name]
     if not tried:
         raise CurvlibError(f"no trial of {name} was scored yet: measure the study's part 'search' first")
-    best: Row = max(tried, key=lambda row: float(row["score"]))
+    # equal scores, summed from different shares, differ in their last bits
+    best: Row = max(tried, key=lambda row: round(float(row["score"]), 9))
     return next(trial for trial in METHODS[name].trials if dict(trial) == best["trial"])
 
 

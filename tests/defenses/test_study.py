@@ -114,6 +114,10 @@ def test_the_search_takes_the_first_of_the_best_trials_and_comes_first() -> None
         {"part": "search", "name": name, "trial": dict(t), "score": s} for t, s in zip(trials, (1, 2, 2), strict=True)
     ]
     assert study.chosen(name, rows) == trials[1]
+    # equal as shares of 24 prompts, and greater in the last bit only because it is another sum
+    rows[0]["score"], rows[1]["score"] = 20 / 24 - 1 / 24 + 9 / 24, 21 / 24 - 2 / 24 + 9 / 24
+    rows[2]["score"] = max(rows[0]["score"], rows[1]["score"]) + 2**-52
+    assert study.chosen(name, rows) == trials[0]
     with pytest.raises(CurvlibError, match=f"no trial of {name} was scored yet"):
         study.chosen(name, [])
 
