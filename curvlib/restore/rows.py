@@ -41,8 +41,11 @@ def score(found: Mapping[str, Any]) -> float:
 
 
 def rank(found: Row) -> tuple[float, int]:
-    """Return what orders screened rows: the highest score first, fewer gradients first among equals."""
-    return -found["score"], found["gradients"]
+    """Return what orders screened rows: the highest score first, fewer gradients first among equals.
+
+    Scores are sums of shares: equal ones may differ in their last bits, which do not count.
+    """
+    return -round(found["score"], 9), found["gradients"]
 
 
 def by_name(rows: Sequence[Row]) -> dict[str, list[Row]]:
