@@ -137,7 +137,7 @@ _TIERS = {
                 ("most_steps", 1),
                 ("answer_tokens", 6),
                 ("test_harmful", 2),
-                ("test_edgy", 1),
+                ("test_edgy", 2),
                 ("test_task", 2),
                 ("restore_chats", 2),
                 ("curvature_chats", 2),
