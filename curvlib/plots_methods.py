@@ -8,11 +8,16 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation
+from matplotlib.transforms import Bbox
+from numpy.typing import NDArray
 
 from curvlib.plots import BLACK, BLUE, GREEN, ORANGE, RED, figure
 from curvlib.report import Claim
 
+Pixels = NDArray[np.float64]
 STAGES = {"reference": (BLACK, "P"), "during": (ORANGE, "s"), "after": (BLUE, "o"), "quantisation": (GREEN, "D")}
+SIDES = ((1, -1), (1, 1), (-1, -1), (-1, 1), (1, 0), (-1, 0), (0, -1), (0, 1))  # of a point; off its interval first
 NEAR = (0.02, 0.03)  # shares of both axes within which labels would touch
 
 
@@ -53,18 +58,29 @@ def pareto(rows: Sequence[Mapping[str, Any]], ours: str) -> Figure:
 
 
 def _number(axes: Axes, points: Sequence[tuple[float, float]]) -> None:
-    """Number the points from 1, each on the side away from its nearest neighbour; near ones share a label."""
+    """Number the points from 1, each where it covers the fewest labels and points; near ones share a label."""
     spans = np.ptp(axes.get_xlim()), np.ptp(axes.get_ylim())
     places = _together(points, NEAR[0] * spans[0], NEAR[1] * spans[1])
-    for place, numbers in places.items():
-        ways = [np.subtract(place, other) / spans for other in places if other != place] or [np.array([0.0, 1.0])]
-        nearest = min(ways, key=lambda way: float(np.hypot(*way)))
-        x, y = nearest / np.hypot(*nearest)
-        y = y if abs(y) > 0.4 else -0.5  # not on the point's own interval
-        side: dict[str, Any] = {"ha": "left" if x > 0.4 else "right" if x < -0.4 else "center"}
-        side["va"] = "bottom" if y > 0 else "top"
-        text = ", ".join(map(str, numbers))
-        axes.annotate(text, place, xytext=(7 * x, 7 * y), textcoords="offset points", fontsize=9, **side)
+    pixels = axes.transData.transform(list(places))
+    taken = [Bbox.from_extents(*(pixel - 4), *(pixel + 4)) for pixel in pixels]
+    for (place, numbers), own in zip(places.items(), pixels, strict=True):
+        label = axes.annotate(", ".join(map(str, numbers)), place, (0, 0), textcoords="offset points", fontsize=9)
+        costs = {side: _cost(_turn(label, side), own, pixels, taken) for side in SIDES}
+        taken.append(_turn(label, min(costs, key=costs.__getitem__)))
+
+
+def _cost(box: Bbox, own: Pixels, pixels: Pixels, taken: Sequence[Bbox]) -> int:
+    """Return how many boxes a label covers, and how many points are nearer to its middle than its own is."""
+    middle = np.mean(box, axis=0)
+    nearer = np.linalg.norm(pixels - middle, axis=1) < np.linalg.norm(own - middle)
+    return int(box.count_overlaps(taken) + nearer.sum())
+
+
+def _turn(label: Annotation, side: tuple[int, int]) -> Bbox:
+    """Put a label on this side of its point, and return what it covers there."""
+    x, y = side
+    label.set(position=(6 * x, 6 * y), ha=("right", "center", "left")[x + 1], va=("top", "center", "bottom")[y + 1])
+    return label.get_window_extent()
 
 
 def _together(points: Sequence[tuple[float, float]], wide: float, high: float) -> dict[tuple[float, float], list[int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from curvlib import plots_methods
@@ -32,6 +33,21 @@ def test_the_pareto_figure_numbers_every_method_and_circles_ours() -> None:
     assert [text.get_text() for text in legend.get_texts()] == ["1 plain", "2 a", "3 b", "4 c"]
     circles = [line for line in left.lines if line.get_markersize() == 14]
     assert [tuple(line.get_xydata()[0]) for line in circles] == [(20.0, 20.0)]  # type: ignore[index]
+
+
+def test_no_label_of_crowded_points_covers_another_or_a_point() -> None:
+    harms = (0.5, 0.42, 0.34, 0.26, 0.42)
+    rows = [{**row(str(harm), "after", harm), "over_refusal": 0.2 + 0.01 * n} for n, harm in enumerate(harms)]
+    left, _ = plots_methods.pareto(rows, "0.5").axes
+    boxes = [text.get_window_extent() for text in left.texts]
+    points = left.transData.transform([text.xy for text in left.texts])  # type: ignore[attr-defined]
+    assert len(boxes) == len(harms)
+    for number, box in enumerate(boxes):
+        assert box.count_overlaps(boxes[:number]) == 0
+        assert not any(box.contains(*point) for point in points)
+        own, others = points[number], np.delete(points, number, axis=0)
+        ways = np.linalg.norm(np.mean(box, axis=0) - others, axis=1)
+        assert np.linalg.norm(np.mean(box, axis=0) - own) < ways.min()
 
 
 def test_claims_in_other_units_are_left_out() -> None:
