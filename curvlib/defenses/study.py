@@ -225,3 +225,17 @@ def table(found: Sequence[Row]) -> str:
         costs = [f"{row['gradient_evaluations']:.0f}", f"{row['seconds']:.0f}"]
         lines.append([row["name"], row["stage"], *shares, *costs])
     return markdown_table(heads, lines)
+
+
+def kinds_table(found: Sequence[Row]) -> str:
+    """Return complies [interval], over-refusal and task, in per cent, of each method on each kind that is measured."""
+    by = {(row["part"], row["name"]): row for row in found}
+    kinds = [kind for kind in POISONS if (kind, OURS) in by]
+    lines = [[name, *(_brief(by[kind, name]) for kind in kinds)] for name in METHODS if (kinds[0], name) in by]
+    return markdown_table(("complies / over-refusal / task", *kinds), lines)
+
+
+def _brief(row: Row) -> str:
+    low, high = (100 * row[f"harmful_compliance_{end}"] for end in ("low", "high"))
+    harm, edgy, task = (100 * row[rate] for rate in WORTH)
+    return f"{harm:.0f} [{low:.0f}, {high:.0f}] / {edgy:.0f} / {task:.0f}"

@@ -146,3 +146,12 @@ def test_the_table_has_a_line_a_method() -> None:
     assert len(lines) == len(METHODS) + 2
     assert lines[2].startswith(f"| {BEFORE} | reference | 50 [")
     assert lines[3].startswith(f"| {GOAL} | reference |")
+
+
+def test_the_table_of_kinds_has_a_column_a_kind_that_is_measured() -> None:
+    found = [{**row, "part": kind} for kind in ("benign", study.MAIN) for row in study.rows(all_cells(EMA={"harm": 0}))]
+    head, _, *lines = study.kinds_table([*found, {"part": "search", "name": OURS}]).splitlines()
+    assert head.endswith(f"| {study.MAIN} | benign |")
+    assert [line.split(" | ")[0][2:] for line in lines] == list(METHODS)
+    low, high = (f"{100 * end:.0f}" for end in (wilson(0, 10).low, wilson(0, 10).high))
+    assert lines[list(METHODS).index("EMA")] == f"| EMA | 0 [{low}, {high}] / 20 / 50 | 0 [{low}, {high}] / 20 / 50 |"
