@@ -221,7 +221,7 @@ def table(found: Sequence[Row]) -> str:
     heads = ("method", "acts", "complies", "refuses", "incoherent", "over-refusal", "task", "gradients", "seconds")
     lines = []
     for row in found:
-        shares = [f"{100 * row[r]:.0f} [{100 * row[f'{r}_low']:.0f}, {100 * row[f'{r}_high']:.0f}]" for r in RATES]
+        shares = [_share(row, rate) for rate in RATES]
         costs = [f"{row['gradient_evaluations']:.0f}", f"{row['seconds']:.0f}"]
         lines.append([row["name"], row["stage"], *shares, *costs])
     return markdown_table(heads, lines)
@@ -236,6 +236,11 @@ def kinds_table(found: Sequence[Row]) -> str:
 
 
 def _brief(row: Row) -> str:
-    low, high = (100 * row[f"harmful_compliance_{end}"] for end in ("low", "high"))
-    harm, edgy, task = (100 * row[rate] for rate in WORTH)
-    return f"{harm:.0f} [{low:.0f}, {high:.0f}] / {edgy:.0f} / {task:.0f}"
+    harm, *others = WORTH
+    return " / ".join([_share(row, harm), *(f"{100 * row[rate]:.0f}" for rate in others)])
+
+
+def _share(row: Row, rate: str) -> str:
+    """Return a rate in per cent with its interval."""
+    low, high = (100 * row[f"{rate}_{end}"] for end in ("low", "high"))
+    return f"{100 * row[rate]:.0f} [{low:.0f}, {high:.0f}]"
