@@ -109,8 +109,8 @@ class Results:
         n: int,
         holds: bool,
         control: float | None = None,
-    ) -> Claim:
-        """Record one claim, print it as one line and return it; the arguments are those of `Claim`.
+    ) -> None:
+        """Record one claim and print it as one line; the arguments are those of `Claim`.
 
         Raises:
             CurvlibError: As for `Claim`; also for an id used before, and for a claim without a null control.
@@ -122,7 +122,6 @@ class Results:
         made = Claim(id, statement, float(value), float(low), float(high), float(control), int(n), bool(holds))
         self.claims[id] = made
         print(made)
-        return made
 
     def save(self) -> Path:
         """Write ``<output_dir>/<notebook>.results.json`` in one step (no half file) and return its path."""

@@ -19,8 +19,8 @@ GOOD = Claim("rise", "Compliance rises, points", 60.0, 50.0, 70.0, 2.0, 48, True
 
 def test_results_are_written_and_read_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = Results("01_x", "ci", 3, str(tmp_path / "new"))
-    claim = results.claim(**dataclasses.asdict(GOOD))
-    assert claim == GOOD
+    results.claim(**dataclasses.asdict(GOOD))
+    assert results.claims == {"rise": GOOD}
     assert capsys.readouterr().out == "holds: Compliance rises, points: 60 [50, 70], control 2, n = 48 (rise)\n"
     path = results.save()
     assert path == tmp_path / "new" / "01_x.results.json"
