@@ -212,7 +212,7 @@ def margin_table(found: Sequence[Row]) -> str:
         ours = np.array([margin.value for margin in own.values()])
         nobody = np.zeros(len(ours))
         told = "ours" if dominates(ours, nobody) else name if dominates(nobody, ours) else "neither"
-        lines.append([name, *(f"{m.value:+.0f} [{m.low:+.0f}, {m.high:+.0f}]" for m in own.values()), told])
+        lines.append([name, *(f"{margin:+.0f}" for margin in own.values()), told])
     return markdown_table(("ours against", "less harm", "less over-refusal", "more of the task", "dominates"), lines)
 
 
@@ -242,5 +242,5 @@ def _brief(row: Row) -> str:
 
 def _share(row: Row, rate: str) -> str:
     """Return a rate in per cent with its interval."""
-    low, high = (100 * row[f"{rate}_{end}"] for end in ("low", "high"))
-    return f"{100 * row[rate]:.0f} [{low:.0f}, {high:.0f}]"
+    found = Estimate(row[rate], row[f"{rate}_low"], row[f"{rate}_high"], row["n"])
+    return f"{found.percent:.0f}"

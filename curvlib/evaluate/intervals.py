@@ -28,6 +28,21 @@ class Estimate:
     def __str__(self) -> str:
         return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}], n={self.n}"
 
+    def __format__(self, form: str) -> str:
+        """Write the value and its interval in one number format; n is left out.
+
+        >>> f"{Estimate(0.5, 0.25, 0.75, 4):.1f}"
+        '0.5 [0.2, 0.8]'
+        """
+        if not form:
+            return str(self)
+        return f"{self.value:{form}} [{self.low:{form}}, {self.high:{form}}]"
+
+    @property
+    def percent(self) -> Estimate:
+        """The same rate in per cent."""
+        return Estimate(100 * self.value, 100 * self.low, 100 * self.high, self.n)
+
     def columns(self, name: str) -> dict[str, Any]:
         """Return the fields under ``name_value``, ``name_low``, ``name_high`` and ``name_n``, for a study's row."""
         return {f"{name}_{field}": value for field, value in asdict(self).items()}

@@ -222,7 +222,7 @@ def table(outcomes: Mapping[str, Outcome]) -> str:
     lines = [f"{'':8s}{'complies':>18s}{'refuses':>18s}{'incoherent':>18s}{'over-refusal':>18s}{'task loss':>11s}"]
     for name, row in outcomes.items():
         rates = (row.harmful.complies, row.harmful.refuses, row.harmful.incoherent, row.benign.refuses)
-        shares = "".join(f"{f'{100 * r.value:.0f} [{100 * r.low:.0f}, {100 * r.high:.0f}]':>18s}" for r in rates)
+        shares = "".join(f"{rate.percent:.0f}".rjust(18) for rate in rates)
         lines.append(f"{name:8s}{shares}{row.task:11.3f}")
     return "\n".join(lines)
 

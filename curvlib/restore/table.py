@@ -45,18 +45,14 @@ def _cells(group: Sequence[Row]) -> list[str]:
     values, low, high = ([row[f"perplexity_{end}"] for row in group] for end in ("value", "low", "high"))
     perplexity = Estimate(sum(values) / len(values), min(low), max(high), len(values))
     return [
-        *(_written(Estimate(100 * r.value, 100 * r.low, 100 * r.high, r.n), ".0f") for r in rates),
-        _written(shots, ".0f"),
-        _written(perplexity, ".1f"),
-        *(_written(_spread(group, field), form) for field, form in COSTS.values()),
+        *(f"{rate.percent:.0f}" for rate in rates),
+        f"{shots:.0f}",
+        f"{perplexity:.1f}",
+        *(_spread(group, field, form) for field, form in COSTS.values()),
     ]
 
 
-def _spread(group: Sequence[Row], field: str) -> Estimate | None:
-    """Return the mean over the seeds with the least and the greatest; None where nothing restored the model."""
+def _spread(group: Sequence[Row], field: str, form: str) -> str:
+    """Return the mean over the seeds with the least and the greatest; nothing where nothing restored the model."""
     paid = [float(row[field]) for row in group if row.get("stop_reason") and field in row]
-    return Estimate(sum(paid) / len(paid), min(paid), max(paid), len(paid)) if paid else None
-
-
-def _written(found: Estimate | None, form: str) -> str:
-    return f"{found.value:{form}} [{found.low:{form}}, {found.high:{form}}]" if found else ""
+    return f"{Estimate(sum(paid) / len(paid), min(paid), max(paid), len(paid)):{form}}" if paid else ""
