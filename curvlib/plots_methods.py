@@ -12,10 +12,10 @@ from matplotlib.text import Annotation
 from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 
-from curvlib.plots import BLACK, BLUE, GREEN, ORANGE, RED, figure
+from curvlib.plots import BLACK, BLUE, CYCLE, GREEN, MARKERS, ORANGE, RED, figure
 from curvlib.report import Claim
 
-Pixels = NDArray[np.float64]
+Numbers = NDArray[np.float64]
 STAGES = {"reference": (BLACK, "P"), "during": (ORANGE, "s"), "after": (BLUE, "o"), "quantisation": (GREEN, "D")}
 SIDES = ((1, -1), (1, 1), (-1, -1), (-1, 1), (1, 0), (-1, 0), (0, -1), (0, 1))  # of a point; off its interval first
 NEAR = (0.02, 0.03)  # shares of both axes within which labels would touch
@@ -34,14 +34,8 @@ def pareto(rows: Sequence[Mapping[str, Any]], ours: str) -> Figure:
         for number, row in enumerate(rows, 1):
             colour, marker = STAGES[row["stage"]]
             point = 100 * row[rate], 100 * row["harmful_compliance"]
-            bars: dict[str, Any] = {
-                f"{end}err": [
-                    [max(0.0, 100 * (row[name] - row[f"{name}_low"]))],
-                    [max(0.0, 100 * (row[f"{name}_high"] - row[name]))],
-                ]
-                for end, name in (("x", rate), ("y", "harmful_compliance"))
-            }
-            axes.errorbar(*point, **bars, fmt="none", ecolor=colour, alpha=0.25, capsize=0)
+            (_, across), (_, up) = _shares([row], rate), _shares([row], "harmful_compliance")
+            axes.errorbar(*point, up, across, fmt="none", ecolor=colour, alpha=0.25, capsize=0)
             label = f"{number} {row['name']}" if axes is right else None
             axes.plot(*point, marker, c=colour, label=label)
             if row["name"] == ours:
@@ -69,7 +63,7 @@ def _number(axes: Axes, points: Sequence[tuple[float, float]]) -> None:
         taken.append(_turn(label, min(costs, key=costs.__getitem__)))
 
 
-def _cost(box: Bbox, own: Pixels, pixels: Pixels, taken: Sequence[Bbox]) -> int:
+def _cost(box: Bbox, own: Numbers, pixels: Numbers, taken: Sequence[Bbox]) -> int:
     """Return how many boxes a label covers, and how many points are nearer to its middle than its own is."""
     middle = np.mean(box, axis=0)
     nearer = np.linalg.norm(pixels - middle, axis=1) < np.linalg.norm(own - middle)
@@ -94,6 +88,37 @@ def _together(points: Sequence[tuple[float, float]], wide: float, high: float) -
         near = (place for place in places if abs(place[0] - x) < wide and abs(place[1] - y) < high)
         places.setdefault(next(near, (x, y)), []).append(number)
     return places
+
+
+def kinds(rows: Sequence[Mapping[str, Any]], ours: str) -> Figure:
+    """Draw harmful compliance and over-refusal of each method on each kind of fine-tune, with their intervals.
+
+    Args:
+        rows: as :func:`curvlib.defenses.study.rows` returns them, ``part`` their kind; every method on every kind.
+        ours: name of the method whose lines are shaded.
+    """
+    names, parts = (list(dict.fromkeys(row[key] for row in rows)) for key in ("name", "part"))
+    drawn, panels = figure(2, width=10.5, height=1.4 + 0.36 * len(names), sharey=True)
+    places = np.linspace(-0.25, 0.25, len(parts)) if len(parts) > 1 else np.zeros(1)
+    told = {"harmful_compliance": "harmful compliance", "over_refusal": "over-refusal"}
+    for axes, (rate, label) in zip(panels, told.items(), strict=True):
+        for part, place, colour, marker in zip(parts, places, CYCLE, MARKERS, strict=False):
+            group = [row for row in rows if row["part"] == part]
+            at = [names.index(row["name"]) + place for row in group]
+            values, ends = _shares(group, rate)
+            axes.errorbar(values, at, xerr=ends, fmt=marker, c=colour, ms=5, elinewidth=1, capsize=0, label=part)
+        axes.axhspan(names.index(ours) - 0.5, names.index(ours) + 0.5, color=RED, alpha=0.1, lw=0)
+        axes.set(xlabel=f"{label}, % (less is better)", title=f"{label.capitalize()} by kind of fine-tune")
+    panels[0].set_yticks(range(len(names)), names)
+    panels[0].set_ylim(len(names) - 0.5, -0.5)
+    panels[0].legend(title="fine-tuned on")
+    return drawn
+
+
+def _shares(rows: Sequence[Mapping[str, Any]], rate: str) -> tuple[Numbers, Numbers]:
+    """Return values (n,) of a rate and error-bar lengths (2, n), below and above, in per cent."""
+    values, low, high = (np.array([100 * row[rate + end] for row in rows]) for end in ("", "_low", "_high"))
+    return values, np.clip([values - low, high - values], 0, None)
 
 
 def claims_in_points(claims: Sequence[Claim]) -> Figure:

@@ -50,6 +50,19 @@ def test_no_label_of_crowded_points_covers_another_or_a_point() -> None:
         assert np.linalg.norm(np.mean(box, axis=0) - own) < ways.min()
 
 
+def test_the_kinds_figure_has_a_line_a_method_and_a_point_a_kind() -> None:
+    rows = [{**row(name, "after", harm), "part": part} for part, harm in (("10", 0.5), ("0", 0.2)) for name in "ab"]
+    left, right = plots_methods.kinds(rows, "b").axes
+    assert [label.get_text() for label in left.get_yticklabels()] == ["a", "b"]
+    legend = left.get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == ["10", "0"]
+    for axes in (left, right):
+        found = [np.asarray(container.lines[0].get_xydata()) for container in axes.containers]  # type: ignore[union-attr]
+        assert [points[:, 0].tolist() for points in found] == [[50.0, 50.0], [20.0, 20.0]]
+        assert found[0][:, 1].tolist() == [-0.25, 0.75], "each kind has its own height beside the method's"
+
+
 def test_claims_in_other_units_are_left_out() -> None:
     claims = [Claim("rise_points", "s", 5.0, 1.0, 9.0, 0.0, 3, True), Claim("kappa", "s", 0.5, 0.1, 0.9, 0.0, 3, True)]
     (axes,) = plots_methods.claims_in_points(claims).axes
