@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from curvlib.defenses import protocol
 from curvlib.defenses.method import Method
@@ -150,17 +151,18 @@ def rivalry(rows: Sequence[Row], *, seed: int = 0, resamples: int = RESAMPLES) -
     others = [name for name in flags if METHODS[name].stage != "reference" and name != OURS]
     generator, counts = np.random.default_rng(seed), flags[OURS]
     sizes = {rate: counts[rate].shape[1] for rate in WORTH}
-    draws = [{rate: np.arange(n) for rate, n in sizes.items()}]  # the first draw is the sample itself
-    draws += [{rate: generator.integers(n, size=n) for rate, n in sizes.items()} for _ in range(resamples)]
-    points = [{name: _point(flags[name], draw) for name in (OURS, BEFORE, *others)} for draw in draws]
+    drawn = [{rate: np.arange(n) for rate, n in sizes.items()}]  # the first draw is the sample itself
+    drawn += [{rate: generator.integers(n, size=n) for rate, n in sizes.items()} for _ in range(resamples)]
+    draws = {rate: np.stack([draw[rate] for draw in drawn]) for rate in WORTH}
+    points = {name: _points(flags[name], draws) for name in (OURS, BEFORE, *others)}
     n = min(sizes.values())
 
-    def counted(name: str, back: bool) -> list[float]:
-        pairs = [[(p[o], p[name]) if back else (p[name], p[o]) for o in others] for p in points]
-        return [float(sum(dominates(*pair) for pair in row)) for row in pairs]
+    def counted(name: str, back: bool) -> Flags:
+        pairs = [(points[o], points[name]) if back else (points[name], points[o]) for o in others]
+        return np.asarray(np.sum([dominates(*pair) for pair in pairs], axis=0, dtype=float))
 
-    def lead(name: str) -> list[float]:
-        return [100 * float(p[name].sum() - max(p[o].sum() for o in others)) for p in points]
+    def lead(name: str) -> Flags:
+        return np.asarray(100 * (points[name].sum(1) - np.max([points[o].sum(1) for o in others], axis=0)))
 
     behind, ahead, gap = counted(OURS, True), counted(OURS, False), lead(OURS)
     made = [
@@ -168,31 +170,33 @@ def rivalry(rows: Sequence[Row], *, seed: int = 0, resamples: int = RESAMPLES) -
         ("methods_ours_dominates", f"Ours dominates this many of {len(others)} other methods", ahead),
         ("ours_minus_best_points", "Ours less the best other method, sum of the three axes in points", gap),
     ]
-    controls = (counted(BEFORE, True)[0], counted(BEFORE, False)[0], lead(BEFORE)[0])
+    controls = [float(found[0]) for found in (counted(BEFORE, True), counted(BEFORE, False), lead(BEFORE))]
     holds = (behind[0] == 0, ahead[0] == len(others), gap[0] >= 0)
     return [
-        Claim(name, statement, drawn[0], *_interval(drawn), control, n, bool(true))
-        for (name, statement, drawn), control, true in zip(made, controls, holds, strict=True)
+        Claim(name, statement, float(values[0]), *_interval(values), control, n, bool(true))
+        for (name, statement, values), control, true in zip(made, controls, holds, strict=True)
     ]
 
 
-def _point(flags: Mapping[str, Flags], draw: Mapping[str, Any]) -> Flags:
-    """Return (no compliance, no over-refusal, accuracy): the more, the better."""
-    return np.array([sign * flags[rate][:, draw[rate]].mean() for rate, sign in WORTH.items()])
+def _points(flags: Mapping[str, Flags], draws: Mapping[str, Any]) -> Flags:
+    """Return (no compliance, no over-refusal, accuracy) of each draw, shape (draws, 3): the more, the better."""
+    # sums of zeros and ones are exact, so that ties are ties
+    shares = [sign * flags[rate].sum(0)[draws[rate]].sum(1) / flags[rate].size for rate, sign in WORTH.items()]
+    return np.stack(shares, axis=1)
 
 
-def _interval(drawn: Sequence[float]) -> tuple[float, float]:
-    low, high = np.percentile(drawn[1:], [2.5, 97.5])
-    return min(float(low), drawn[0]), max(float(high), drawn[0])
+def _interval(values: Flags) -> tuple[float, float]:
+    low, high = np.percentile(values[1:], [2.5, 97.5])
+    return min(float(low), float(values[0])), max(float(high), float(values[0]))
 
 
-def dominates(first: Flags, second: Flags) -> bool:
-    """Tell whether the first point is no worse on any axis and better on one.
+def dominates(first: Flags, second: Flags) -> NDArray[np.bool_]:
+    """Tell of each pair of points (..., axes) whether the first is no worse on any axis and better on one.
 
-    >>> dominates(np.array([1.0, 0.5]), np.array([1.0, 0.2])), dominates(np.array([1.0]), np.array([1.0]))
-    (True, False)
+    >>> dominates(np.array([[1.0, 0.5], [1.0, 0.2]]), np.array([1.0, 0.2])).tolist()
+    [True, False]
     """
-    return bool((first >= second).all() and (first > second).any())
+    return np.asarray((first >= second).all(-1) & (first > second).any(-1))
 
 
 def margins(found: Sequence[Row]) -> dict[str, dict[str, Estimate]]:
