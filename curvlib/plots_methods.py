@@ -12,10 +12,11 @@ from matplotlib.text import Annotation
 from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 
-from curvlib.plots import BLACK, BLUE, CYCLE, GREEN, MARKERS, ORANGE, RED, figure
+from curvlib.defenses.study import estimate
+from curvlib.plots import BLACK, BLUE, CYCLE, GREEN, MARKERS, ORANGE, RED, figure, whiskers
 from curvlib.report import Claim
 
-Numbers = NDArray[np.float64]
+Pixels = NDArray[np.float64]
 STAGES = {"reference": (BLACK, "P"), "during": (ORANGE, "s"), "after": (BLUE, "o"), "quantisation": (GREEN, "D")}
 SIDES = ((1, -1), (1, 1), (-1, -1), (-1, 1), (1, 0), (-1, 0), (0, -1), (0, 1))  # of a point; off its interval first
 NEAR = (0.02, 0.03)  # shares of both axes within which labels would touch
@@ -34,7 +35,7 @@ def pareto(rows: Sequence[Mapping[str, Any]], ours: str) -> Figure:
         for number, row in enumerate(rows, 1):
             colour, marker = STAGES[row["stage"]]
             point = 100 * row[rate], 100 * row["harmful_compliance"]
-            (_, across), (_, up) = _shares([row], rate), _shares([row], "harmful_compliance")
+            across, up = (whiskers([estimate(row, name)])[1] for name in (rate, "harmful_compliance"))
             axes.errorbar(*point, up, across, fmt="none", ecolor=colour, alpha=0.25, capsize=0)
             label = f"{number} {row['name']}" if axes is right else None
             axes.plot(*point, marker, c=colour, label=label)
@@ -63,7 +64,7 @@ def _number(axes: Axes, points: Sequence[tuple[float, float]]) -> None:
         taken.append(_turn(label, min(costs, key=costs.__getitem__)))
 
 
-def _cost(box: Bbox, own: Numbers, pixels: Numbers, taken: Sequence[Bbox]) -> int:
+def _cost(box: Bbox, own: Pixels, pixels: Pixels, taken: Sequence[Bbox]) -> int:
     """Return how many boxes a label covers, and how many points are nearer to its middle than its own is."""
     middle = np.mean(box, axis=0)
     nearer = np.linalg.norm(pixels - middle, axis=1) < np.linalg.norm(own - middle)
@@ -105,7 +106,7 @@ def kinds(rows: Sequence[Mapping[str, Any]], ours: str) -> Figure:
         for part, place, colour, marker in zip(parts, places, CYCLE, MARKERS, strict=False):
             group = [row for row in rows if row["part"] == part]
             at = [names.index(row["name"]) + place for row in group]
-            values, ends = _shares(group, rate)
+            values, ends = whiskers([estimate(row, rate) for row in group])
             axes.errorbar(values, at, xerr=ends, fmt=marker, c=colour, ms=5, elinewidth=1, capsize=0, label=part)
         axes.axhspan(names.index(ours) - 0.5, names.index(ours) + 0.5, color=RED, alpha=0.1, lw=0)
         axes.set(xlabel=f"{label}, % (less is better)", title=f"{label.capitalize()} by kind of fine-tune")
@@ -113,12 +114,6 @@ def kinds(rows: Sequence[Mapping[str, Any]], ours: str) -> Figure:
     panels[0].set_ylim(len(names) - 0.5, -0.5)
     panels[0].legend(title="fine-tuned on")
     return drawn
-
-
-def _shares(rows: Sequence[Mapping[str, Any]], rate: str) -> tuple[Numbers, Numbers]:
-    """Return values (n,) of a rate and error-bar lengths (2, n), below and above, in per cent."""
-    values, low, high = (np.array([100 * row[rate + end] for row in rows]) for end in ("", "_low", "_high"))
-    return values, np.clip([values - low, high - values], 0, None)
 
 
 def claims_in_points(claims: Sequence[Claim]) -> Figure:

@@ -123,6 +123,11 @@ def ends(name: str, estimate: Estimate) -> Row:
     return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
 
 
+def estimate(row: Mapping[str, Any], name: str) -> Estimate:
+    """Return what :func:`ends` wrote; its n is 0, since rows do not keep it."""
+    return Estimate(row[name], row[f"{name}_low"], row[f"{name}_high"], 0)
+
+
 def axes(row: Row) -> dict[str, Flags]:
     """Return rate -> flags (seeds, prompts) of a method's row."""
     harmful, edgy = np.array(row["harmful"]), np.array(row["edgy"])
@@ -246,5 +251,4 @@ def _brief(row: Row) -> str:
 
 def _share(row: Row, rate: str) -> str:
     """Return a rate in per cent with its interval."""
-    found = Estimate(row[rate], row[f"{rate}_low"], row[f"{rate}_high"], row["n"])
-    return f"{found.percent:.0f}"
+    return f"{estimate(row, rate).percent:.0f}"
