@@ -75,7 +75,8 @@ def bootstrap(
     """Estimate a statistic of one sample, or of several, with the percentile bootstrap interval.
 
     `samples` are (n,) each; observation i is drawn from all of them together, unless they are not `paired`: then each
-    is drawn apart, sizes may differ, and `n` is the least. `statistic` takes as many arrays and returns a number.
+    is drawn apart, sizes may differ, and `n` is the least. `statistic` takes as many arrays and returns a number; one
+    that takes `axis` too, as `numpy.mean` does, is given all draws at once, which is several times as fast.
     Source: Efron and Tibshirani (1993), computed by `scipy.stats.bootstrap`.
     Raises CurvlibError for fewer than two observations, or for pairs of unequal number.
     """
@@ -88,7 +89,6 @@ def bootstrap(
         arrays,
         statistic,
         paired=paired,
-        vectorized=False,
         n_resamples=resamples,
         confidence_level=level,
         method="percentile",
@@ -100,7 +100,7 @@ def bootstrap(
 
 def paired_difference(first: ArrayLike, second: ArrayLike, *, seed: int = 0, level: float = 0.95) -> Estimate:
     """Estimate mean(first - second) where observation i of both belongs to the same prompt, example or seed."""
-    return bootstrap(first, second, statistic=lambda a, b: np.mean(a - b), seed=seed, level=level)
+    return bootstrap(first, second, statistic=lambda a, b, axis=-1: np.mean(a - b, axis), seed=seed, level=level)
 
 
 def over_seeds(first: ArrayLike, second: ArrayLike, *, seed: int = 0) -> Estimate:
@@ -122,7 +122,11 @@ def sum_over_seeds(*differences: ArrayLike, seed: int = 0) -> Estimate:
     1.5 [1.5, 1.5], n=2
     """
     by_prompt = [np.asarray(difference, dtype=float).mean(axis=0) for difference in differences]
-    return bootstrap(*by_prompt, statistic=lambda *drawn: sum(map(np.mean, drawn)), seed=seed, paired=False)
+    return bootstrap(*by_prompt, statistic=_sum_of_means, seed=seed, paired=False)
+
+
+def _sum_of_means(*samples: NDArray[Any], axis: int = -1) -> Any:
+    return sum(sample.mean(axis) for sample in samples)
 
 
 def pooled_rate(flags: ArrayLike, *, seed: int = 0, resamples: int = RESAMPLES) -> Estimate:
