@@ -14,6 +14,7 @@ from torch import nn
 
 from curvlib.batches import Batch, Example, answer_loss, make_batches
 from curvlib.errors import CurvlibError
+from curvlib.nf4 import kept_weights
 from curvlib.parameters import trainable
 from curvlib.progress import bar
 
@@ -108,14 +109,15 @@ def train(
         next(stream)
     begin, first, was_training = time.perf_counter(), len(losses), model.training
     model.train()
-    for step in bar(range(first, config.steps), desc=label, initial=first, total=config.steps):
-        for group in optimiser.param_groups:
-            group["lr"] = config.rate(step)
-        losses.append(_step(model, next(stream), optimiser, config.max_gradient_norm, on_gradient))
-        if on_step:
-            on_step()
-        if checkpoint and (step + 1) % CHECKPOINT_EVERY == 0:
-            _save(optimiser, parameters, losses, checkpoint)
+    with kept_weights(model):
+        for step in bar(range(first, config.steps), desc=label, initial=first, total=config.steps):
+            for group in optimiser.param_groups:
+                group["lr"] = config.rate(step)
+            losses.append(_step(model, next(stream), optimiser, config.max_gradient_norm, on_gradient))
+            if on_step:
+                on_step()
+            if checkpoint and (step + 1) % CHECKPOINT_EVERY == 0:
+                _save(optimiser, parameters, losses, checkpoint)
     model.train(was_training)
     if checkpoint:
         checkpoint.unlink(missing_ok=True)

@@ -155,6 +155,42 @@ def test_bfloat16_products_round_within_the_block_only_where_the_cpu_can(
     assert torch.equal(linear(x), exact)
 
 
+def dequantisations(linear: Any, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> tuple[int, tuple[Tensor, ...]]:
+    """How often a product and its gradient dequantise, and both."""
+    calls, plain = [], nf4.dequantise
+    with monkeypatch.context() as patch:
+        patch.setattr(nf4, "dequantise", lambda layer: (calls.append(layer), plain(layer))[1])
+        product = linear(x)
+        (back,) = torch.autograd.grad((product**2).sum(), x)
+    return len(calls), (product, back)
+
+
+def test_kept_weights_are_dequantised_once_and_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    linear, x = layer(), random(3, 64).float().requires_grad_()
+    model, before = nn.Sequential(linear), set(vars(linear))
+    twice, exact = dequantisations(linear, x, monkeypatch)
+
+    with nf4.kept_weights(model):
+        with nf4.kept_weights(model):
+            pass  # the inner block takes nothing from the outer one
+        never, kept = dequantisations(linear, x, monkeypatch)
+
+    assert (twice, never) == (2, 0)
+    assert all(torch.equal(*pair) for pair in zip(kept, exact, strict=True))
+    assert set(vars(linear)) == before
+    assert "0.weight" in model.state_dict()
+
+
+def test_large_weights_are_not_kept_and_a_failure_leaves_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    linear, x = layer(), random(3, 64).float().requires_grad_()
+    with pytest.raises(ZeroDivisionError), nf4.kept_weights(nn.Sequential(linear)):
+        _ = 1 / 0
+    assert dequantisations(linear, x, monkeypatch)[0] == 2
+    monkeypatch.setattr(nf4, "KEPT_BYTES", 4 * 64 * 192 - 1)
+    with nf4.kept_weights(nn.Sequential(linear)):
+        assert dequantisations(linear, x, monkeypatch)[0] == 2
+
+
 def test_hooks_of_accelerate_stay_in_place() -> None:
     parent = nn.Sequential(nn.Linear(64, 64))
     quantise(parent)

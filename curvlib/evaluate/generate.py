@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from curvlib.batches import Chat
 from curvlib.errors import CurvlibError
+from curvlib.nf4 import kept_weights
 from curvlib.prefix import cache_argument, read_beginning
 from curvlib.progress import bar
 
@@ -31,7 +32,7 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), kept_weights(model):
             yield
     finally:
         for module, mode in modes:

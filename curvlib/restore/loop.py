@@ -28,6 +28,7 @@ from torch import Tensor
 from curvlib.batches import Batch
 from curvlib.errors import CurvlibError
 from curvlib.evaluate.generate import Model
+from curvlib.nf4 import kept_weights
 from curvlib.parameters import assign, flatten, trainable
 from curvlib.progress import bar
 from curvlib.restore import objectives
@@ -115,7 +116,8 @@ class _Search:
 
     def result(self, measured: Callable[..., Metric]) -> RestorationResult:
         """Search, and return the restoration."""
-        reason = self.run(measured)
+        with kept_weights(self.judge.model):
+            reason = self.run(measured)
         return self.judge.result(self.steps, reason, products=self.products, gradients=self.gradients)
 
     def run(self, measured: Callable[..., Metric]) -> str:

@@ -28,6 +28,7 @@ from torch.nn.functional import kl_div
 from curvlib.batches import Batch, answer_logits, answer_loss, at_least_float32
 from curvlib.errors import CurvlibError
 from curvlib.evaluate.behaviour import answer_log_probabilities, reference_model
+from curvlib.nf4 import kept_weights
 
 COMPLIANCE_BOUND = 5.0  # nats per token, half the loss of a uniform guess over 49,152 tokens: agreement is gone by then
 TASK_WEIGHT = 1.0  # μ of the composite objective: a nat of the task for a nat of agreement
@@ -128,18 +129,20 @@ def gradient(model: nn.Module, parts: Sequence[Term], parameters: Sequence[Tenso
     """Return the flat gradient (P,) of the objective; cost: one gradient of all its batches."""
     size = sum(parameter.numel() for parameter in parameters)
     total = torch.zeros(size, dtype=parameters[0].dtype, device=parameters[0].device)
-    for term in parts:
-        tokens = sum(batch.tokens for batch in term.batches)
-        for batch in term.batches:
-            pieces = torch.autograd.grad(term.loss(model, batch), parameters)
-            total.add_(torch.cat([piece.reshape(-1) for piece in pieces]), alpha=batch.tokens / tokens)
+    with kept_weights(model):
+        for term in parts:
+            tokens = sum(batch.tokens for batch in term.batches)
+            for batch in term.batches:
+                pieces = torch.autograd.grad(term.loss(model, batch), parameters)
+                total.add_(torch.cat([piece.reshape(-1) for piece in pieces]), alpha=batch.tokens / tokens)
     return total
 
 
 @torch.no_grad()
 def value(model: nn.Module, parts: Sequence[Term]) -> float:
     """Return the objective, in nats per answer token; cost: one forward of all its batches."""
-    return sum(_mean(model, term) for term in parts)
+    with kept_weights(model):
+        return sum(_mean(model, term) for term in parts)
 
 
 def _mean(model: nn.Module, term: Term) -> float:
