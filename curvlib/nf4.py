@@ -43,8 +43,9 @@ def four_bit_layers(model: nn.Module) -> dict[str, Linear4bit]:
 class TransposableMatmul(torch.autograd.Function):
     r"""Compute :math:`x\,W^\top` (or :math:`x\,W` where ``transposed``) for a frozen 4-bit W of shape (out, in).
 
-    Shapes: x (..., in) gives (..., out); transposed, x (..., out) gives (..., in). Cost: one dequantisation and one
-    matrix product. Nothing is saved but the reference to the layer; exact under grad of grad, jvp, vjp and vmap.
+    Shapes: x (..., in) gives (..., out); transposed, x (..., out) gives (..., in). Cost: one dequantisation, unless
+    :func:`kept_weights` has done it, and one matrix product. Nothing is saved but the reference to the layer; exact
+    under grad of grad, jvp, vjp and vmap.
     """
 
     generate_vmap_rule = False
