@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -59,7 +60,7 @@ def _number(axes: Axes, points: Sequence[tuple[float, float]]) -> None:
     pixels = axes.transData.transform(list(places))
     taken = [Bbox.from_extents(*(pixel - 4), *(pixel + 4)) for pixel in pixels]
     for (place, numbers), own in zip(places.items(), pixels, strict=True):
-        label = axes.annotate(", ".join(map(str, numbers)), place, (0, 0), textcoords="offset points", fontsize=9)
+        label = axes.annotate(_told(numbers), place, (0, 0), textcoords="offset points", fontsize=9)
         costs = {side: _cost(_turn(label, side), own, pixels, taken) for side in SIDES}
         taken.append(_turn(label, min(costs, key=costs.__getitem__)))
 
@@ -89,6 +90,17 @@ def _together(points: Sequence[tuple[float, float]], wide: float, high: float) -
         near = (place for place in places if abs(place[0] - x) < wide and abs(place[1] - y) < high)
         places.setdefault(next(near, (x, y)), []).append(number)
     return places
+
+
+def _told(numbers: Sequence[int]) -> str:
+    """Return ascending numbers as a label; four or more in a row are told by their ends, lest it outgrow the panel.
+
+    >>> _told([1, 2, 3, 4, 6, 9, 10, 11])
+    '1–4, 6, 9, 10, 11'
+    """
+    # numbers in a row lie equally far from their places
+    rows = [[number for _, number in row] for _, row in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
+    return ", ".join(f"{row[0]}–{row[-1]}" if len(row) > 3 else ", ".join(map(str, row)) for row in rows)
 
 
 def kinds(rows: Sequence[Mapping[str, Any]], ours: str) -> Figure:

@@ -35,6 +35,12 @@ def test_the_pareto_figure_numbers_every_method_and_circles_ours() -> None:
     assert [tuple(line.get_xydata()[0]) for line in circles] == [(20.0, 20.0)]  # type: ignore[index]
 
 
+def test_methods_that_coincide_share_a_label_that_fits_the_panel() -> None:
+    left, right = plots_methods.pareto([row(str(number), "after", 0.5) for number in range(1, 21)], "1").axes
+    assert [text.get_text() for text in left.texts] == ["1–20"]
+    assert left.title.get_window_extent().count_overlaps([right.title.get_window_extent()]) == 0
+
+
 def test_no_label_of_crowded_points_covers_another_or_a_point() -> None:
     harms = (0.5, 0.42, 0.34, 0.26, 0.42)
     rows = [{**row(str(harm), "after", harm), "over_refusal": 0.2 + 0.01 * n} for n, harm in enumerate(harms)]
