@@ -161,9 +161,9 @@ def install(model: nn.Module) -> Handle:
 def kept_weights(model: nn.Module) -> Iterator[None]:
     """Dequantise the model's 4-bit weights once for the ``with`` block, instead of once a product; same results.
 
-    On a CPU that takes as long as the products of some hundred tokens. Memory: the dense weights, 0.4 GB for SmolLM2;
-    a model that needs more than ``KEPT_BYTES`` keeps none, nor does one on CUDA, where dequantising costs little.
-    Inside another such block nothing is done. The weights must not be replaced inside.
+    It pays on a CPU, most where a product has few tokens. Memory: the dense weights, 0.4 GB for SmolLM2; a model that
+    needs more than ``KEPT_BYTES`` keeps none, nor does one on CUDA. Inside another such block nothing is done. The
+    weights must not be replaced inside.
     """
     layers = [layer for layer in four_bit_layers(model).values() if is_installed(layer) and _KEPT not in vars(layer)]
     layers = [layer for layer in layers if layer.weight.device.type == "cpu"]

@@ -12,7 +12,6 @@ from torch import Tensor
 from curvlib.batches import Batch
 from curvlib.evaluate.behaviour import reference_model
 from curvlib.evaluate.generate import Model
-from curvlib.nf4 import kept_weights
 from curvlib.parameters import flatten, trainable
 from curvlib.restore import objectives
 from curvlib.restore.objectives import SafetyBatches
@@ -114,9 +113,8 @@ class Judge:
 
     def measure(self, *, trust: float = 0.0, norm: float = 0.0) -> StepRecord:
         """Return the held-out losses of the model as it is; cost: a forward pass of all held-out chats."""
-        with kept_weights(self.model):
-            losses = {name: objectives.mean_loss(self.model, batches) for name, batches in self.protected.items()}
-            record = StepRecord(objectives.value(self.model, self.safety), losses, trust, norm)
+        losses = {name: objectives.mean_loss(self.model, batches) for name, batches in self.protected.items()}
+        record = StepRecord(objectives.value(self.model, self.safety), losses, trust, norm)
         self.trials.append(record)
         return record
 
