@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import sys
 import time
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from filelock import FileLock, Timeout
 from nbformat import NotebookNode
 
 from curvlib import notebook_file
@@ -223,12 +223,11 @@ def tell(outcome: Outcome) -> Outcome:
 def exclusive(run_dir: Path) -> Iterator[None]:
     """Hold the folder's lock, which the system frees when this process ends, however it ends."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise CurvlibError(f"another run is at work in {run_dir}: wait for it or stop it") from error
-        yield
+    try:
+        with FileLock(run_dir / ".lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise CurvlibError(f"another run is at work in {run_dir}: wait for it or stop it") from error
 
 
 class LiveLine:

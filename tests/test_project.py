@@ -52,6 +52,18 @@ def test_every_import_of_curvlib_is_a_dependency() -> None:
     assert not missing
 
 
+def test_every_module_imports_where_unix_only_ones_are_missing() -> None:
+    names = [path.relative_to(ROOT).with_suffix("") for path in sorted((ROOT / "curvlib").rglob("*.py"))]
+    modules = [".".join(name.parts).removesuffix(".__init__") for name in names if name.name != "__main__"]
+    libraries = "datasets, filelock, IPython, papermill, psutil, torch, transformers"  # they fall back by themselves
+    script = (
+        f"import importlib, sys, {libraries}\nsys.modules |= dict.fromkeys(['fcntl', 'resource'])\n"
+        f"for name in {modules}: importlib.import_module(name)"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+
+
 def test_every_dependency_has_both_bounds_and_is_satisfied_here() -> None:
     from importlib.metadata import version
 
