@@ -11,7 +11,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.ready-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test lint bench lab
+.PHONY: help setup reproduce study test lint bench lab
 
 help: ## List the targets, one line of prose each.
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
@@ -29,6 +29,10 @@ $(STAMP): pyproject.toml
 
 reproduce: setup ## Run every notebook at TIER (ci, cpu or gpu) and SEED, and write runs/TIER/seedSEED/report.html.
 	$(RUN) -m curvlib run --tier $(TIER) --seed $(SEED)
+
+study: setup ## Run a study, notebooks/studies/*NAME*.ipynb, into runs/studies; PARAMS="-p rate 0.1" sets more.
+	@test -n "$(NAME)" || { ls notebooks/studies; echo 'which study? make study NAME=...' >&2; exit 2; }
+	$(RUN) -m curvlib run --studies --only "$(NAME)" --tier $(TIER) --seed $(SEED) $(PARAMS)
 
 test: lint ## Check style and types, then run all tests, the notebooks at tier ci among them.
 	$(RUN) -m pytest

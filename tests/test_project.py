@@ -125,13 +125,16 @@ def test_another_torch_is_a_new_environment(fresh: Path) -> None:
 def test_reproduce_and_test_do_what_they_say(fresh: Path) -> None:
     make(fresh, "setup")
     assert make(fresh, "reproduce", "TIER=ci", "SEED=2") == (0, ["-m curvlib run --tier ci --seed 2"])
+    asked = "-m curvlib run --studies --only price --tier cpu --seed 1 -p rate 0.1"
+    assert make(fresh, "study", "NAME=price", "SEED=1", "PARAMS=-p rate 0.1") == (0, [asked])
+    assert make(fresh, "study") == (2, [])
     assert make(fresh, "test") == (0, ["-m ruff check .", "-m mypy", "-m pytest"])
     assert make(fresh, "test", fail="mypy") == (2, ["-m ruff check .", "-m mypy"])
 
 
 def test_help_has_a_line_for_every_target(fresh: Path) -> None:
     text = subprocess.run(["make", "help"], cwd=fresh, capture_output=True, text=True, check=True).stdout
-    for target in ("setup", "reproduce", "test", "lint", "bench", "lab", "help"):
+    for target in ("setup", "reproduce", "study", "test", "lint", "bench", "lab", "help"):
         assert sum(line.startswith(f"  make {target} ") for line in text.splitlines()) == 1, target
 
 
