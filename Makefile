@@ -41,9 +41,10 @@ lint: setup ## Check style with ruff and types with mypy.
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
 
-bench: setup ## Run benchmarks/BENCH/run.py (curvature, influence or landscape) and write its results beside it.
-	$(RUN) -m pip install --quiet --editable ".[test,$(if $(filter influence,$(BENCH)),bench-influence,bench)]"
-	$(RUN) benchmarks/$(BENCH)/run.py
+bench: ## Run benchmarks/BENCH/run.py (curvature, influence or landscape) in .venv-bench and write its results beside it.
+	$(PYTHON) -m venv $(VENV)-bench
+	$(VENV)-bench/bin/python -m pip install --quiet "$(TORCH)" --editable ".[test,$(if $(filter influence,$(BENCH)),bench-influence,bench)]"
+	$(VENV)-bench/bin/python benchmarks/$(BENCH)/run.py
 
 lab: setup ## Open the notebooks in JupyterLab.
 	$(RUN) -m jupyterlab notebooks

@@ -27,6 +27,7 @@ echo "$@" >> "$LOG"
 case "$*" in
   *"$FAIL"*) exit 1 ;;
   "-m venv --clear "*) rm -rf "$4"; mkdir -p "$4/bin"; cp "$0" "$4/bin/python" ;;
+  "-m venv "*) mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
 esac
 """
 
@@ -130,6 +131,13 @@ def test_reproduce_and_test_do_what_they_say(fresh: Path) -> None:
     assert make(fresh, "study") == (2, [])
     assert make(fresh, "test") == (0, ["-m ruff check .", "-m mypy", "-m pytest"])
     assert make(fresh, "test", fail="mypy") == (2, ["-m ruff check .", "-m mypy"])
+
+
+def test_a_peer_of_the_benchmarks_cannot_replace_the_users_torch(fresh: Path) -> None:
+    status, commands = make(fresh, "bench", "BENCH=influence")
+    install = "-m pip install --quiet torch==2.13.0 --editable .[test,bench-influence]"  # one command: pip keeps the pin
+    assert (status, commands) == (0, ["-m venv .venv-bench", install, "benchmarks/influence/run.py"])
+    assert not (fresh / ".venv").exists()
 
 
 def test_help_has_a_line_for_every_target(fresh: Path) -> None:
