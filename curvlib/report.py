@@ -9,15 +9,19 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from curvlib import __version__
 from curvlib.errors import CurvlibError
+
+if TYPE_CHECKING:
+    from curvlib.evaluate.intervals import Estimate
 
 ROOT = Path(__file__).resolve().parents[1]
 DISTRIBUTIONS = ("torch", "transformers", "peft", "bitsandbytes")
@@ -36,6 +40,7 @@ class Claim:
         control: The same quantity under the null control (random direction, shuffled labels, benign data ...).
         n: Number of independent units (prompts, seeds) behind the value.
         holds: Whether the measurement supports the statement; a False is reported, not hidden.
+        unit: Of ``value``, such as ``points``; empty for a ratio or where the statement tells it.
 
     Raises:
         CurvlibError: A number is missing or not finite, the interval is reversed, or the id is not an identifier.
@@ -49,6 +54,7 @@ class Claim:
     control: float
     n: int
     holds: bool
+    unit: str = ""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z][a-z0-9_]*", self.id):
@@ -62,13 +68,14 @@ class Claim:
 
     def __str__(self) -> str:
         verdict = "holds" if self.holds else "DOES NOT HOLD"
-        numbers = f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}], control {self.control:.4g}, n = {self.n}"
+        value = f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]{self.unit and ' '}{self.unit}"
+        numbers = f"{value}, control {self.control:.4g}, n = {self.n}"
         return f"{verdict}: {self.statement}: {numbers} ({self.id})"
 
 
 @dataclass(frozen=True)
 class Record:
-    """The content of one ``results.json``: a notebook's run, its cost and its claims."""
+    """The content of one ``results.json``: a notebook's run, its cost, its claims and the rows they follow from."""
 
     notebook: str
     tier: str
@@ -78,6 +85,7 @@ class Record:
     wall_s: float
     peak_memory_mb: float
     claims: tuple[Claim, ...]
+    rows: Sequence[Mapping[str, Any]] = ()
 
 
 class Results:
@@ -101,31 +109,40 @@ class Results:
 
     def claim(
         self,
-        *,
         id: str,  # noqa: A002  the results.json key
         statement: str,
-        value: float,
-        low: float,
-        high: float,
-        n: int,
+        estimate: Estimate | None = None,
+        *,
         holds: bool,
         control: float | None = None,
+        unit: str = "",
+        **numbers: float,
     ) -> None:
         """Record one claim and print it as one line; the arguments are those of `Claim`.
 
+        ``estimate`` gives value, low, high and n at once; without one they are named: ``value=…, low=…, high=…, n=…``.
+
         Raises:
-            CurvlibError: As for `Claim`; also for an id used before, and for a claim without a null control.
+            CurvlibError: As for `Claim`; also for an id used before, numbers that lack or are too many, and a claim
+                without a null control.
         """
         if id in self.claims:
             raise CurvlibError(f"claim {id} is made twice in {self.notebook}: give each claim its own id")
         if control is None:
             raise CurvlibError(f"claim {id} has no null control: measure the same quantity where it should vanish")
-        made = Claim(id, statement, float(value), float(low), float(high), float(control), int(n), bool(holds))
-        self.claims[id] = made
-        print(made)
+        if estimate is not None:
+            numbers |= {name: getattr(estimate, name) for name in ("value", "low", "high", "n")}
+        if numbers.keys() != {"value", "low", "high", "n"}:
+            raise CurvlibError(f"claim {id} has {', '.join(numbers)}: give an Estimate, or value, low, high and n")
+        n, ends = int(numbers.pop("n")), {name: float(number) for name, number in numbers.items()}
+        self.claims[id] = Claim(id, statement, **ends, control=float(control), n=n, holds=bool(holds), unit=unit)
+        print(self.claims[id])
 
-    def save(self) -> Path:
-        """Write ``<output_dir>/<notebook>.results.json`` in one step (no half file) and return its path."""
+    def save(self, rows: Sequence[Mapping[str, Any]] = ()) -> Path:
+        """Write ``<output_dir>/<notebook>.results.json`` in one step (no half file) and return its path.
+
+        ``rows`` are the measurements that the claims follow from, one flat mapping of JSON values each.
+        """
         record = Record(
             notebook=self.notebook,
             tier=self.tier,
@@ -135,6 +152,7 @@ class Results:
             wall_s=round(time.monotonic() - self._start, 1),
             peak_memory_mb=round(peak_memory_mb(), 1),
             claims=tuple(self.claims.values()),
+            rows=list(rows),
         )
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path, json.dumps(asdict(record), indent=1, allow_nan=False) + "\n")

@@ -135,7 +135,9 @@ def test_reproduce_and_test_do_what_they_say(fresh: Path) -> None:
 
 def test_a_peer_of_the_benchmarks_cannot_replace_the_users_torch(fresh: Path) -> None:
     status, commands = make(fresh, "bench", "BENCH=influence")
-    install = "-m pip install --quiet torch==2.13.0 --editable .[test,bench-influence]"  # one command: pip keeps the pin
+    install = (
+        "-m pip install --quiet torch==2.13.0 --editable .[test,bench-influence]"  # one command: pip keeps the pin
+    )
     assert (status, commands) == (0, ["-m venv .venv-bench", install, "benchmarks/influence/run.py"])
     assert not (fresh / ".venv").exists()
 

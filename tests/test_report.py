@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from curvlib.errors import CurvlibError
+from curvlib.evaluate.intervals import Estimate
 from curvlib.report import Claim, Results, load_record, write_atomically
 
 GOOD = Claim("rise", "Compliance rises, points", 60.0, 50.0, 70.0, 2.0, 48, True)
@@ -23,7 +24,7 @@ def test_results_are_written_and_read_back(tmp_path: Path, capsys: pytest.Captur
     path = results.save()
     assert path == tmp_path / "new" / "01_x.results.json"
     assert list(json.loads(path.read_text())) == [
-        *("notebook", "tier", "seed", "device", "versions", "wall_s", "peak_memory_mb", "claims")
+        *("notebook", "tier", "seed", "device", "versions", "wall_s", "peak_memory_mb", "claims", "rows")
     ]
     record = load_record(path)
     assert record.claims == (GOOD,)
@@ -31,6 +32,18 @@ def test_results_are_written_and_read_back(tmp_path: Path, capsys: pytest.Captur
     assert 0 <= record.wall_s < 60
     assert set(record.versions) == {"python", "curvlib", "torch", "transformers", "peft", "bitsandbytes"}
     assert [file.name for file in path.parent.iterdir()] == ["01_x.results.json"]
+
+
+def test_an_estimate_stands_for_its_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = Results("01_x", "ci", 0, str(tmp_path))
+    results.claim("rise", GOOD.statement, Estimate(60, 50, 70, 48), control=2, holds=True)
+    assert results.claims == {"rise": GOOD}
+    results.claim("fall", "Falls", Estimate(6, 5, 7, 48), control=2, holds=False, unit="points")
+    assert "Falls: 6 [5, 7] points, control 2, n = 48 (fall)" in capsys.readouterr().out
+    rows = [{"seed": 0, "rise": 60.0}]
+    assert load_record(results.save(rows)).rows == rows
+    with pytest.raises(CurvlibError, match="claim x has value: give an Estimate"):
+        results.claim("x", "s", value=1, control=0, holds=True)
 
 
 def test_a_run_by_hand_writes_under_runs_manual() -> None:

@@ -175,7 +175,7 @@ def claims(rows: Sequence[Mapping[str, Any]]) -> list[Claim]:
         made.append(_claim(f"harmful_correlation_{method}", words, [row for row in harmful if row["method"] == method]))
     text = [row["null_value"] for row in rows if row["loss"] == "text" and row["poison"] > 0]
     statement = "Windows along unrelated directions are not alike: their correlation on harmful compliance"
-    numbers = {"value": null.value, "low": null.low, "high": null.high, "control": float(np.mean(text))}
+    numbers: dict[str, Any] = {"value": null.value, "low": null.low, "high": null.high, "control": float(np.mean(text))}
     made.append(Claim("harmful_correlation_control", statement, **numbers, n=null.n, holds=null.low < 0 < null.high))
     return [*made, *_special_claims(rows)]
 
@@ -191,7 +191,7 @@ def _special_claims(rows: Sequence[Mapping[str, Any]]) -> list[Claim]:
         return []
     found, benign = (paired_difference(by["compliance", kind], by["text", kind]) for kind in (True, False))
     statement = "Around the poisoned model harmful compliance keeps more of its shape than plain text: difference"
-    numbers = {"value": found.value, "low": found.low, "high": found.high, "control": benign.value}
+    numbers: dict[str, Any] = {"value": found.value, "low": found.low, "high": found.high, "control": benign.value}
     return [Claim("harmful_minus_text_correlation", statement, **numbers, n=found.n, holds=found.low > 0)]
 
 
