@@ -15,15 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from curvlib import fetch
-from curvlib.defenses import study as methods
 from curvlib.errors import CurvlibError
 from curvlib.evaluate import study as degradation
 from curvlib.influence import claims as influence_claims
 from curvlib.influence import study as influence
 from curvlib.landscape import study as landscape
 from curvlib.report import Claim, device_name, installed_versions, write_atomically
-from curvlib.restore import claims as restoration_claims
-from curvlib.restore import study as restoration
 from curvlib.tiers import Tier, get_tier
 
 Row = dict[str, Any]
@@ -46,8 +43,6 @@ STUDIES: dict[str, Study] = {
     "degradation": Study(degradation.PARTS, degradation.claims),
     "influence": Study(influence.PARTS, influence_claims.claims),
     "landscape": Study(landscape.PARTS, landscape.claims),
-    "methods": Study(methods.PARTS, methods.claims),
-    "restoration": Study(restoration.PARTS, restoration_claims.claims),
 }
 
 

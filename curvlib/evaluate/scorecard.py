@@ -51,19 +51,16 @@ class Scorecard:
     seconds: float
 
     def columns(self) -> dict[str, Any]:
-        """Return all rates with their ends, verdicts and answers one by one, for a study; every part is needed."""
+        """Return the rates of both kinds of prompts with their ends, and the verdicts one by one, for a study's row."""
         assert self.harmful
         assert self.edgy
-        assert self.task
         return {
             **self.harmful.complies.columns("complies"),
             **self.harmful.refuses.columns("refuses"),
             **self.harmful.incoherent.columns("incoherent"),
             **self.edgy.refuses.columns("over_refusal"),
-            **self.task.accuracy.columns("task"),
             "harmful": list(self.harmful.verdicts),
             "edgy": list(self.edgy.verdicts),
-            "task": list(self.task.correct),
         }
 
 

@@ -187,11 +187,10 @@ def removed_scorecard(tier: Tier, recipe: FineTune, kept: Sequence[int]) -> Scor
 def _behaviour_row(removed: str, recipe: FineTune, card: Scorecard) -> Row:
     assert card.harmful
     assert card.edgy
-    assert card.task
     complies = [verdict == "complies" for verdict in card.harmful.verdicts]
     head = {"removed": removed, "poison": recipe.poison, "seed": recipe.seed}
     rates = {**card.harmful.complies.columns("complies"), **card.edgy.refuses.columns("over_refusal")}
-    return {**head, **rates, **card.task.accuracy.columns("task"), "verdicts": complies}
+    return {**head, **rates, "verdicts": complies}
 
 
 PARTS: dict[str, Callable[[Tier, Sequence[Row]], Iterable[Row]]] = {
