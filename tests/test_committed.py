@@ -23,7 +23,7 @@ def committed(name: str) -> dict[str, Any]:
 
 def recomputed(name: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The claims as JSON, from the rows alone."""
-    claims: list[dict[str, Any]] = json.loads(json.dumps([asdict(claim) for claim in STUDIES[name].claims(rows)]))
+    claims: list[dict[str, Any]] = json.loads(json.dumps([asdict(claim) for claim in STUDIES[name]().claims(rows)]))
     return claims
 
 
