@@ -11,7 +11,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.ready-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test lint bench lab
+.PHONY: help setup reproduce study test lint bench lab
 
 help: ## List the targets, one line of prose each.
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
@@ -30,6 +30,10 @@ $(STAMP): pyproject.toml
 reproduce: setup ## Run every notebook at TIER (ci, cpu or gpu) and SEED, and write runs/TIER/seedSEED/report.html.
 	$(RUN) -m curvlib run --tier $(TIER) --seed $(SEED)
 
+study: setup ## Run a study, notebooks/studies/*NAME*.ipynb, into runs/studies; PARAMS="-p rate 0.1" sets more.
+	@test -n "$(NAME)" || { ls notebooks/studies; echo 'which study? make study NAME=...' >&2; exit 2; }
+	$(RUN) -m curvlib run --studies --only "$(NAME)" --tier $(TIER) --seed $(SEED) $(PARAMS)
+
 test: lint ## Check style and types, then run all tests, the notebooks at tier ci among them.
 	$(RUN) -m pytest
 
@@ -37,9 +41,10 @@ lint: setup ## Check style with ruff and types with mypy.
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
 
-bench: setup ## Run benchmarks/BENCH/run.py (curvature, influence or landscape) and write its results beside it.
-	$(RUN) -m pip install --quiet --editable ".[test,$(if $(filter influence,$(BENCH)),bench-influence,bench)]"
-	$(RUN) benchmarks/$(BENCH)/run.py
+bench: ## Run benchmarks/BENCH/run.py (curvature, influence or landscape) in .venv-bench and write its results beside it.
+	$(PYTHON) -m venv $(VENV)-bench
+	$(VENV)-bench/bin/python -m pip install --quiet "$(TORCH)" --editable ".[test,$(if $(filter influence,$(BENCH)),bench-influence,bench)]"
+	$(VENV)-bench/bin/python benchmarks/$(BENCH)/run.py
 
 lab: setup ## Open the notebooks in JupyterLab.
 	$(RUN) -m jupyterlab notebooks

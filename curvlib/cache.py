@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from curvlib.errors import CurvlibError
 
@@ -33,8 +34,7 @@ def cache_dir() -> Path:
 def locked(path: Path) -> Iterator[None]:
     """Let one process at a time make ``path``; the others wait. The system frees the lock of a killed process."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(f".{path.name}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with FileLock(path.with_name(f".{path.name}.lock")):
         yield
 
 
@@ -52,8 +52,8 @@ def workspace(beside: Path | None = None) -> Iterator[Path]:
     with locked(root / "sweep"):  # nobody sweeps between the making of a folder and its locking
         _sweep(root)
         folder = Path(tempfile.mkdtemp(dir=root))
-        lock = folder.with_suffix(".lock").open("w")
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock = FileLock(folder.with_suffix(".lock"))
+        lock.acquire()
     try:
         yield folder
     except Exception as error:
@@ -63,8 +63,8 @@ def workspace(beside: Path | None = None) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        lock.release()
         folder.with_suffix(".lock").unlink(missing_ok=True)
-        lock.close()
 
 
 def publish(new: Path, final: Path) -> None:
@@ -82,7 +82,7 @@ def disk_is_full(error: BaseException) -> bool:
 
 def _sweep(root: Path) -> None:
     for path in root.glob("[!.]*.lock"):
-        with suppress(OSError), path.open("w") as file:  # an OSError: its owner lives, or has just finished
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(path.with_suffix(""), ignore_errors=True)
+        with suppress(Timeout, OSError):  # its owner lives, or has just finished
+            with FileLock(path, timeout=0):
+                shutil.rmtree(path.with_suffix(""), ignore_errors=True)
             path.unlink()

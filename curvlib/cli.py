@@ -1,8 +1,9 @@
-"""The command line: ``python -m curvlib run``, ``report``, ``restore`` and ``study``."""
+"""The command line: ``python -m curvlib run``, ``restore`` and ``study``."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,14 +42,14 @@ def parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="run the notebooks and write runs/TIER/seedSEED/report.html")
     run.add_argument("--tier", default="cpu", help="ci, cpu (default) or gpu")
     run.add_argument("--seed", type=int, default=0)
-    run.add_argument("--only", default="", metavar="NN,NN", help="notebook numbers, such as 01,04,A1")
+    run.add_argument("--only", default="", metavar="NN,NN", help="numbers or words of names, such as 01,A1,influence")
+    run.add_argument("--studies", action="store_true", help="run notebooks/studies instead, into runs/studies")
+    run.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a notebook parameter")
+    run.add_argument("--limit", type=float, default=3.0, metavar="HOURS", help="stop a notebook after this; default: 3")
     run.add_argument("--fresh", action="store_true", help="run also what an earlier run completed")
     run.add_argument("--keep-outputs", action="store_true", help="copy the outputs into the source notebooks")
     run.set_defaults(command=_run)
 
-    report = commands.add_parser("report", help="write report.html again from a finished run")
-    report.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    report.set_defaults(command=_report)
     _add_restore(commands)
 
     study = commands.add_parser("study", help="run a study and write data/studies/NAME.json")
@@ -90,19 +91,30 @@ def _restore(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from curvlib.report import ROOT
     from curvlib.runner import run  # here, so that --help does not wait for it
 
-    only = options.only.split(",") if options.only else ()
-    outcomes = run(options.tier, options.seed, only, fresh=options.fresh, keep_outputs=options.keep_outputs)
-    failed = [outcome.notebook for outcome in outcomes if outcome.state == "failed"]
+    outcomes = run(
+        options.tier,
+        options.seed,
+        options.only.split(",") if options.only else (),
+        parameters={name: _literal(value) for name, value in options.p},
+        fresh=options.fresh,
+        keep_outputs=options.keep_outputs,
+        hours=options.limit,
+        notebooks=ROOT / "notebooks" / ("studies" if options.studies else ""),
+        runs=ROOT / "runs" / ("studies" if options.studies else ""),
+    )
+    failed = [outcome.notebook for outcome in outcomes if outcome.fault]
     return _fail(f"{len(failed)} of {len(outcomes)} notebooks failed: {', '.join(failed)}") if failed else 0
 
 
-def _report(options: argparse.Namespace) -> int:
-    from curvlib.report_page import build_report
-
-    print(build_report(options.run_dir))
-    return 0
+def _literal(text: str) -> object:
+    """A number, true, false or null as JSON has it; any other text as it is."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def _study(options: argparse.Namespace) -> int:

@@ -247,7 +247,7 @@ def prepare() -> Path:
             say("converting SmolLM2-135M-Instruct to safetensors, once, in about half a minute")
             convert(gguf, target)
 
-    return artifact("smollm2", {"wheel": fetch.source(DEFAULT).wheel.sha256}, build)
+    return artifact("smollm2", {"wheel": fetch.registry()[DEFAULT].sha256}, build)
 
 
 def quantised_copy(folder: Path, options: dict[str, Any]) -> Path:

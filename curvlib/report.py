@@ -7,13 +7,14 @@ import math
 import os
 import platform
 import re
-import resource
 import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+import psutil
 
 from curvlib import __version__
 from curvlib.errors import CurvlibError
@@ -196,6 +197,7 @@ def device_name() -> str:
 
 
 def peak_memory_mb() -> float:
-    """Largest resident memory of this process so far, in MiB (host memory only)."""
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+    """Largest resident memory of this process so far, in MiB, host memory only; macOS tells only that of now."""
+    memory, status = psutil.Process().memory_info(), Path("/proc/self/status")  # the file of Linux
+    peak = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
+    return int(peak[1]) / 1024 if peak else float(getattr(memory, "peak_wset", memory.rss)) / 2**20

@@ -35,15 +35,20 @@ def test_an_unknown_tier_and_a_missing_gpu_come_first(
     assert "tier gpu needs a CUDA device" in error_line(capsys)
 
 
-def test_unknown_numbers_name_the_known_ones(tmp_path: Path) -> None:
+def test_unknown_names_tell_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(CurvlibError, match=r"no notebook NN_\*\.ipynb"):
         runner.select(tmp_path)
-    for name in ("A1_appendix", "00_a", "04_b", "x4_c", "B_d"):
+    for name in ("A1_appendix", "00_a", "04_bend", "x4_c", "studies/S1_price", "Untitled1"):
         save(tmp_path / f"{name}.ipynb", markdown("x"))
-    assert [path.stem for path in runner.select(tmp_path)] == ["00_a", "04_b", "A1_appendix"]
-    assert [path.stem for path in runner.select(tmp_path, ["a1", " 4"])] == ["04_b", "A1_appendix"]
-    for unknown in ("5", "", "all", "A2", "A"):
-        with pytest.raises(CurvlibError, match=r"unknown notebook .*: expected one of 00, 04, A1$"):
+    for only, chosen in {
+        (): ["00_a", "04_bend", "A1_appendix"],
+        ("a1", " 4"): ["04_bend", "A1_appendix"],
+        ("bend",): ["04_bend"],
+    }.items():
+        assert [path.stem for path in runner.select(tmp_path, only)] == chosen
+    assert [path.stem for path in runner.select(tmp_path / "studies", ["price"])] == ["S1_price"]
+    for unknown in ("5", "", "all", "A2", "A", "price"):
+        with pytest.raises(CurvlibError, match=rf"unknown notebook '{unknown}': .* has 00_a, 04_bend, A1_appendix$"):
             runner.select(tmp_path, ["0", unknown])
 
 
@@ -87,27 +92,28 @@ def test_options_reach_the_runner_and_failures_the_exit_status(
     monkeypatch.setattr(runner, "run", run)
     outcomes = [runner.Outcome("00_a", "ran"), runner.Outcome("01_b", "kept")]
     assert main(["run"]) == 0
-    outcomes.append(runner.Outcome("02_c", "failed"))
-    assert main(["run", "--tier", "ci", "--seed", "3", "--only", "00,1", "--fresh", "--keep-outputs"]) == 1
+    outcomes.append(runner.Outcome("02_c", "failed", fault="x"))
+    words = "run --tier ci --seed 3 --only 00,1 --fresh --keep-outputs --studies --limit 0.5 -p rate 0.1 -p part mixed"
+    assert main(words.split()) == 1
     assert error_line(capsys) == "1 of 3 notebooks failed: 02_c"
+    usual = {"parameters": {}, "fresh": False, "keep_outputs": False, "hours": 3.0}
+    folders = {"notebooks": ROOT / "notebooks", "runs": ROOT / "runs"}
+    other = {"parameters": {"rate": 0.1, "part": "mixed"}, "fresh": True, "keep_outputs": True, "hours": 0.5}
     assert seen == [
-        (("cpu", 0, ()), {"fresh": False, "keep_outputs": False}),
-        (("ci", 3, ["00", "1"]), {"fresh": True, "keep_outputs": True}),
+        (("cpu", 0, ()), usual | folders),
+        (("ci", 3, ["00", "1"]), other | {name: folder / "studies" for name, folder in folders.items()}),
     ]
 
 
-@pytest.mark.parametrize("words", [[], ["walk"], ["run", "--seed", "x"], ["report"]])
+@pytest.mark.parametrize("words", [[], ["walk"], ["run", "--seed", "x"], ["run", "-p", "rate"]])
 def test_wrong_usage_exits_2(words: list[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(words)
     assert ended.value.code == 2
 
 
-def test_the_module_runs_and_report_says_where_it_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = [sys.executable, "-m", "curvlib", "report", str(tmp_path)]
+def test_the_module_runs() -> None:
+    command = [sys.executable, "-m", "curvlib", "run", "--tier", "tpu"]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stdout) == (1, "")
-    assert ended.stderr.startswith("curvlib: error: no executed notebook in")
-    save(tmp_path / "01_x.ipynb", markdown("# Title"))
-    assert main(["report", str(tmp_path)]) == 0
-    assert capsys.readouterr().out == f"{tmp_path / 'report.html'}\n"
+    assert ended.stderr.startswith("curvlib: error: no tier is called 'tpu'")

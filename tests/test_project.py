@@ -27,6 +27,7 @@ echo "$@" >> "$LOG"
 case "$*" in
   *"$FAIL"*) exit 1 ;;
   "-m venv --clear "*) rm -rf "$4"; mkdir -p "$4/bin"; cp "$0" "$4/bin/python" ;;
+  "-m venv "*) mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
 esac
 """
 
@@ -50,6 +51,18 @@ def test_every_import_of_curvlib_is_a_dependency() -> None:
     providers = packages_distributions()
     missing = {top for top in tops if not declared & set(map(canonicalize_name, providers.get(top, [top])))}
     assert not missing
+
+
+def test_every_module_imports_where_unix_only_ones_are_missing() -> None:
+    names = [path.relative_to(ROOT).with_suffix("") for path in sorted((ROOT / "curvlib").rglob("*.py"))]
+    modules = [".".join(name.parts).removesuffix(".__init__") for name in names if name.name != "__main__"]
+    libraries = "datasets, filelock, IPython, papermill, psutil, torch, transformers"  # they fall back by themselves
+    script = (
+        f"import importlib, sys, {libraries}\nsys.modules |= dict.fromkeys(['fcntl', 'resource'])\n"
+        f"for name in {modules}: importlib.import_module(name)"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_every_dependency_has_both_bounds_and_is_satisfied_here() -> None:
@@ -113,13 +126,23 @@ def test_another_torch_is_a_new_environment(fresh: Path) -> None:
 def test_reproduce_and_test_do_what_they_say(fresh: Path) -> None:
     make(fresh, "setup")
     assert make(fresh, "reproduce", "TIER=ci", "SEED=2") == (0, ["-m curvlib run --tier ci --seed 2"])
+    asked = "-m curvlib run --studies --only price --tier cpu --seed 1 -p rate 0.1"
+    assert make(fresh, "study", "NAME=price", "SEED=1", "PARAMS=-p rate 0.1") == (0, [asked])
+    assert make(fresh, "study") == (2, [])
     assert make(fresh, "test") == (0, ["-m ruff check .", "-m mypy", "-m pytest"])
     assert make(fresh, "test", fail="mypy") == (2, ["-m ruff check .", "-m mypy"])
 
 
+def test_a_peer_of_the_benchmarks_cannot_replace_the_users_torch(fresh: Path) -> None:
+    status, commands = make(fresh, "bench", "BENCH=influence")
+    install = "-m pip install --quiet torch==2.13.0 --editable .[test,bench-influence]"  # one command: pip keeps the pin
+    assert (status, commands) == (0, ["-m venv .venv-bench", install, "benchmarks/influence/run.py"])
+    assert not (fresh / ".venv").exists()
+
+
 def test_help_has_a_line_for_every_target(fresh: Path) -> None:
     text = subprocess.run(["make", "help"], cwd=fresh, capture_output=True, text=True, check=True).stdout
-    for target in ("setup", "reproduce", "test", "lint", "bench", "lab", "help"):
+    for target in ("setup", "reproduce", "study", "test", "lint", "bench", "lab", "help"):
         assert sum(line.startswith(f"  make {target} ") for line in text.splitlines()) == 1, target
 
 

@@ -1,4 +1,4 @@
-"""Claims are refused when they are no claims; the page shows all of a run and trusts nothing in it."""
+"""Claims are refused when they are no claims, and results are written whole and read back."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ import pytest
 
 from curvlib.errors import CurvlibError
 from curvlib.report import Claim, Results, load_record, write_atomically
-from curvlib.report_page import build_report, first_paragraph, last_heading
-from tests.notebook_cases import markdown, save
 
 GOOD = Claim("rise", "Compliance rises, points", 60.0, 50.0, 70.0, 2.0, 48, True)
 
@@ -77,28 +75,3 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path) -> 
     with pytest.raises(UnicodeEncodeError):
         write_atomically(path, "\ud800")  # a lone surrogate has no UTF-8
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"a.json": "old"}
-
-
-def test_the_page_escapes_what_it_shows_and_marks_what_does_not_hold(tmp_path: Path) -> None:
-    save(tmp_path / "01_x.ipynb", markdown("# Tags <b> & co"))
-    results = Results("01_x", "ci", 0, str(tmp_path))
-    for made in (GOOD, dataclasses.replace(GOOD, id="fall", statement="<script>x</script>", holds=False)):
-        results.claim(**dataclasses.asdict(made))
-    results.save()
-    page = build_report(tmp_path).read_text()
-    assert "1 of 2 claims hold; 1 of 1 notebooks completed." in page
-    assert "Tags &lt;b&gt; &amp; co" in page
-    assert "<script" not in page
-    assert page.count("✗ does not hold") == 1
-
-
-def test_an_empty_folder_makes_no_page(tmp_path: Path) -> None:
-    with pytest.raises(CurvlibError, match="no executed notebook"):
-        build_report(tmp_path)
-
-
-def test_headings_and_captions_are_read_as_plain_text() -> None:
-    cell = markdown("## A **b** `c`\n\n$$x$$\n\nSee [this](https://example.org) now.\n\nMore.")
-    assert last_heading(cell) == "A b c"
-    assert first_paragraph(cell) == "See this now."
-    assert first_paragraph(None) == ""
