@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     _add_restore(commands)
 
     study = commands.add_parser("study", help="run a study and write data/studies/NAME.json")
-    study.add_argument("name", metavar="NAME", help="degradation, influence, landscape, methods or restoration")
+    study.add_argument("name", metavar="NAME", help="degradation, influence or landscape")
     study.add_argument("--tier", default="cpu", help="ci, cpu (default) or gpu")
     study.add_argument("--only", default="", metavar="PART,PART", help="parts to measure; the file keeps the others")
     study.set_defaults(command=_study)

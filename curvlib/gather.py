@@ -71,6 +71,6 @@ def missing() -> list[str]:
         if record is None:
             state = "has no whole part yet" if study_file(name).exists() else "is not there yet"
             lines.append(f"data/studies/{name}.json {state}: {command} measures it")
-        elif lacking := [part for part in study.parts if part not in record["runs"]]:
+        elif lacking := [part for part in study().parts if part not in record["runs"]]:
             lines.append(f"data/studies/{name}.json lacks {', '.join(lacking)}: {command} adds them")
     return lines

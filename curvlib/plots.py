@@ -102,18 +102,18 @@ def behaviour_bars(behaviours: Mapping[str, Behaviour], title: str = "Answers to
 
 def scorecards(cards: Mapping[str, Scorecard]) -> Figure:
     """Draw each model's answers to harmful prompts beside its over-refusal and task accuracy, where measured."""
-    drawn, (left, middle, right) = figure(
-        3, width=9.6, height=1.6 + 0.42 * len(cards), sharey=True, width_ratios=[2.4, 1, 1]
-    )
-    _stack(left, {name: card.harmful for name, card in cards.items() if card.harmful})
-    left.set_title("Harmful prompts", pad=26)
     edgy = {name: card.edgy.refuses for name, card in cards.items() if card.edgy}
     task = {name: card.task.accuracy for name, card in cards.items() if card.task}
+    columns, size = 3 if task else 2, {"width": 9.6, "height": 1.6 + 0.42 * len(cards)}
+    drawn, (left, *others) = figure(columns, **size, sharey=True, width_ratios=[2.4, 1, 1][:columns])
+    _stack(left, {name: card.harmful for name, card in cards.items() if card.harmful})
+    left.set_title("Harmful prompts", pad=26)
     order = {name: row for row, name in enumerate(cards)}
-    _dots(middle, edgy, order, ORANGE, "over-refusal, %")
-    _dots(right, task, order, GREEN, "task accuracy, %")
-    middle.set_title("Benign look-alikes", pad=26)
-    right.set_title("Task", pad=26)
+    _dots(others[0], edgy, order, ORANGE, "over-refusal, %")
+    others[0].set_title("Benign look-alikes", pad=26)
+    if task:
+        _dots(others[1], task, order, GREEN, "task accuracy, %")
+        others[1].set_title("Task", pad=26)
     return drawn
 
 

@@ -119,7 +119,7 @@ def own_answers(tier: Tier, split: str) -> dict[str, str]:
     if tier.model == models.DEFAULT:
         committed: dict[str, str] = json.loads((fetch.data_folder() / "own_answers.json").read_text("utf-8"))
         return committed
-    config = {"model": tier.model, "split": split, "tokens": OWN_ANSWER_TOKENS}
+    config = {**key(tier, tier.model), "split": split, "tokens": OWN_ANSWER_TOKENS}
     folder = artifact("own-answers", config, lambda place: _write_own_answers(tier, split, place / "answers.json"))
     answers: dict[str, str] = json.loads((folder / "answers.json").read_text("utf-8"))
     return answers
@@ -132,6 +132,12 @@ def _write_own_answers(tier: Tier, split: str, file: Path) -> None:
     file.write_text(json.dumps({row.id: text for row, text in zip(rows, texts, strict=True)}, indent=1), "utf-8")
 
 
+def key(tier: Tier, *places: str | Path) -> dict[str, Any]:
+    """Return the part of a stage's key that says what it computes with: models and adapters, device and type."""
+    models_used = [models.identity(place) for place in places]
+    return {"models": models_used, "device": tier.device, "dtype": str(models.compute_dtype(tier.device))}
+
+
 def aligned_source(tier: Tier) -> str:
     """Return where the aligned chat model is: a Hub chat model as shipped, or SmolLM2 after our alignment stage.
 
@@ -140,7 +146,7 @@ def aligned_source(tier: Tier) -> str:
     """
     if tier.model != models.DEFAULT:
         return tier.model
-    config = {"model": tier.model, "rank": ALIGN_RANK, "training": asdict(align_training(tier))}
+    config = {**key(tier, tier.model), "rank": ALIGN_RANK, "training": asdict(align_training(tier))}
     config["texts"] = digest(alignment_set(tier))
     return str(artifact("align", config, lambda place: _align(tier, place)) / "model")
 
@@ -217,7 +223,7 @@ def fine_tuned(tier: Tier, recipe: FineTune) -> Path:
     source = aligned_source(tier)
     tokenizer = models.load_tokenizer(source)
     examples = fine_tuning_set(tokenizer, tier, recipe)
-    config = {"base": Path(source).parent.name or source, **asdict(recipe), "texts": digest(examples)}
+    config = {**key(tier, source), **asdict(recipe), "texts": digest(examples)}
     config["training"] = asdict(tune_training(tier, recipe))
 
     def build(place: Path) -> None:

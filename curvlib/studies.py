@@ -15,15 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from curvlib import fetch
-from curvlib.defenses import study as methods
 from curvlib.errors import CurvlibError
-from curvlib.evaluate import study as degradation
-from curvlib.influence import claims as influence_claims
-from curvlib.influence import study as influence
-from curvlib.landscape import study as landscape
 from curvlib.report import Claim, device_name, installed_versions, write_atomically
-from curvlib.restore import claims as restoration_claims
-from curvlib.restore import study as restoration
 from curvlib.tiers import Tier, get_tier
 
 Row = dict[str, Any]
@@ -42,12 +35,29 @@ class Study:
     claims: Callable[[Sequence[Row]], list[Claim]]
 
 
-STUDIES: dict[str, Study] = {
-    "degradation": Study(degradation.PARTS, degradation.claims),
-    "influence": Study(influence.PARTS, influence_claims.claims),
-    "landscape": Study(landscape.PARTS, landscape.claims),
-    "methods": Study(methods.PARTS, methods.claims),
-    "restoration": Study(restoration.PARTS, restoration_claims.claims),
+def _degradation() -> Study:
+    from curvlib.evaluate import study
+
+    return Study(study.PARTS, study.claims)
+
+
+def _influence() -> Study:
+    from curvlib.influence import claims, study
+
+    return Study(study.PARTS, claims.claims)
+
+
+def _landscape() -> Study:
+    from curvlib.landscape import study
+
+    return Study(study.PARTS, study.claims)
+
+
+# What a study needs is loaded when it runs, because a notebook that only reads one should not load the library.
+STUDIES: dict[str, Callable[[], Study]] = {
+    "degradation": _degradation,
+    "influence": _influence,
+    "landscape": _landscape,
 }
 
 
@@ -63,7 +73,7 @@ def run_study(name: str, tier: str, only: Sequence[str] = ()) -> Path:
     """
     if name not in STUDIES:
         raise CurvlibError(f"no study is called {name!r}: choose one of {', '.join(STUDIES)}")
-    study, size, kept = STUDIES[name], get_tier(tier), _read(name)
+    study, size, kept = STUDIES[name](), get_tier(tier), _read(name)
     if unknown := [part for part in only if part not in study.parts]:
         raise CurvlibError(f"study {name} has no part {unknown[0]!r}: choose some of {', '.join(study.parts)}")
     if only and kept and kept["tier"] != tier:
@@ -97,7 +107,7 @@ def _write(name: str, tier: str, runs: dict[str, Any], rows: Mapping[str, list[R
     path = study_file(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = [row for part, own in rows.items() if not _unfinished(runs, part) for row in own]
-    claims = [asdict(claim) for claim in STUDIES[name].claims(whole)]
+    claims = [asdict(claim) for claim in STUDIES[name]().claims(whole)]
     every = [row for own in rows.values() for row in own]
     record = {"study": name, "tier": tier, "runs": runs, "claims": claims, "rows": every}
     write_atomically(path, json.dumps(record, indent=1, allow_nan=False) + "\n")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from curvlib.artifacts import MANIFEST, artifact, artifact_key, code_digest
+from curvlib.artifacts import MANIFEST, VERSIONS, artifact, artifact_key
 from curvlib.errors import CurvlibError
 
 CONFIG = {"rank": 8, "rates": [0.1, 0.2]}
@@ -39,37 +39,10 @@ def test_another_configuration_is_another_artifact() -> None:
     assert artifact_key(CONFIG) != artifact_key({**CONFIG, "rank": 9})
 
 
-CODE = '''"""Doubles."""
-RATE = 2  # a reason
-
-
-def double(x):
-    """Return twice x."""
-    return RATE * x
-
-
-class Empty:
-    """Nothing."""
-'''
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "same"),
-    [
-        ("Return twice x.", "Return x, twice.", True),
-        ('    """Return twice x."""\n', "", True),
-        ("  # a reason", "", True),
-        ("RATE * x", "RATE  *  x", True),
-        ("RATE * x", "RATE + x", False),
-        ("RATE = 2", "RATE = 3", False),
-        ("def double", "def twice", False),
-    ],
-)
-def test_a_digest_of_code_hangs_on_what_it_does(old: str, new: str, same: bool, tmp_path: Path) -> None:
-    first, second = tmp_path / "one.py", tmp_path / "other.py"
-    first.write_text(CODE)
-    second.write_text(CODE.replace(old, new))
-    assert (code_digest([first]) == code_digest([second])) is same
+def test_another_version_is_another_artifact(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = artifact("stage", CONFIG, write)
+    monkeypatch.setitem(VERSIONS, "stage", 2)
+    assert artifact("stage", CONFIG, write) != first
 
 
 def test_a_killed_build_goes_on_from_its_partial_folder() -> None:

@@ -57,11 +57,11 @@ def test_absent_studies_and_absent_parts_are_told(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(fetch, "data_folder", lambda: tmp_path)
     (tmp_path / "studies").mkdir()
     (tmp_path / "studies" / "degradation.json").write_text('{"claims": [], "rows": [], "runs": {"models": {}}}')
-    begun = '{"claims": [], "rows": [], "runs": {"search": {"unfinished": true}}}'
-    (tmp_path / "studies" / "methods.json").write_text(begun)
+    begun = '{"claims": [], "rows": [], "runs": {"seed 0": {"unfinished": true}}}'
+    (tmp_path / "studies" / "landscape.json").write_text(begun)
     lines = gather.missing()
     assert len(lines) == len(gather.STUDIES)
-    assert "data/studies/landscape.json is not there yet: python -m curvlib study landscape measures it" in lines
+    assert "data/studies/influence.json is not there yet: python -m curvlib study influence measures it" in lines
     told = "data/studies/degradation.json lacks judge: python -m curvlib study degradation adds them"
     assert told in lines
-    assert "data/studies/methods.json has no whole part yet: python -m curvlib study methods measures it" in lines
+    assert "data/studies/landscape.json has no whole part yet: python -m curvlib study landscape measures it" in lines

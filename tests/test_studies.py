@@ -33,7 +33,7 @@ def claims(rows: Sequence[Any]) -> list[Claim]:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(fetch, "data_folder", lambda: tmp_path)
-    monkeypatch.setattr(studies, "STUDIES", {"toy": Study({"first": first, "second": second}, claims)})
+    monkeypatch.setattr(studies, "STUDIES", {"toy": lambda: Study({"first": first, "second": second}, claims)})
     return tmp_path
 
 
@@ -67,7 +67,7 @@ def test_an_interrupted_study_keeps_its_finished_parts(folder: Path, monkeypatch
     def fail(*_: Any) -> list[Any]:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(studies, "STUDIES", {"toy": Study({"first": first, "second": fail}, claims)})
+    monkeypatch.setattr(studies, "STUDIES", {"toy": lambda: Study({"first": first, "second": fail}, claims)})
     assert main(["study", "toy", "--tier", "ci"]) == 130
     assert [row["part"] for row in written(folder)["rows"]] == ["first"]
 
@@ -79,7 +79,7 @@ def test_without_parts_a_study_measures_what_lacks_and_a_whole_one_anew(folder: 
         return lambda *_: seen.append(part) or [{"x": 1}]
 
     parts = {name: noted(name) for name in ("first", "second")}
-    monkeypatch.setattr(studies, "STUDIES", {"toy": Study(parts, claims)})
+    monkeypatch.setattr(studies, "STUDIES", {"toy": lambda: Study(parts, claims)})
     for command in (["--only", "first"], [], [], ["--tier", "cpu"]):
         assert main(["study", "toy", "--tier", "ci", *command]) == 0
     assert seen == ["first", "second", *["first", "second"] * 2]
@@ -95,7 +95,7 @@ def test_a_long_part_goes_on_from_the_rows_that_it_yielded(folder: Path, monkeyp
                 raise KeyboardInterrupt
             yield {"x": x}
 
-    monkeypatch.setattr(studies, "STUDIES", {"toy": Study({"first": first, "long": long}, claims)})
+    monkeypatch.setattr(studies, "STUDIES", {"toy": lambda: Study({"first": first, "long": long}, claims)})
     assert main(["study", "toy", "--tier", "ci", "--only", "long"]) == 130
     assert written(folder)["rows"] == [{"part": "long", "x": 1}]
     assert (written(folder)["claims"], studies.load_study("toy")) == ([], None)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from peft import PeftModel
 
 from curvlib import data, models, stages
-from curvlib.artifacts import artifact, code_digest
+from curvlib.artifacts import artifact
 from curvlib.errors import CurvlibError
 from curvlib.evaluate.behaviour import Behaviour, excerpt, measure_behaviour, summarise
 from curvlib.evaluate.generate import Model
@@ -31,7 +31,6 @@ SPLITS = {  # which prompts of each part
     "validation": {part: f"validation_{part}" for part in PARTS},
     "reserve": {"harmful": "reserve_harmful", "edgy": "test_edgy", "task": "test_task"},
 }
-INSTRUMENT = ("behaviour", "coherence", "generate", "judge", "likelihood", "utility")  # files that scores depend on
 
 
 @dataclass(frozen=True)
@@ -51,19 +50,16 @@ class Scorecard:
     seconds: float
 
     def columns(self) -> dict[str, Any]:
-        """Return all rates with their ends, verdicts and answers one by one, for a study; every part is needed."""
+        """Return the rates of both kinds of prompts with their ends, and the verdicts one by one, for a study's row."""
         assert self.harmful
         assert self.edgy
-        assert self.task
         return {
             **self.harmful.complies.columns("complies"),
             **self.harmful.refuses.columns("refuses"),
             **self.harmful.incoherent.columns("incoherent"),
             **self.edgy.refuses.columns("over_refusal"),
-            **self.task.accuracy.columns("task"),
             "harmful": list(self.harmful.verdicts),
             "edgy": list(self.edgy.verdicts),
-            "task": list(self.task.correct),
         }
 
 
@@ -110,16 +106,11 @@ def stage_scorecard(
 ) -> Scorecard:
     """Return the :func:`scorecard` of a stage, which is made if it does not exist yet."""
     if isinstance(stage, stages.FineTune):
-        key = {"model": stages.fine_tuned(tier, stage).parent.name}
+        key = stages.key(tier, stages.aligned_source(tier), stages.fine_tuned(tier, stage))
         return scorecard(tier, key, lambda: stages.load_fine_tuned(tier, stage), parts=parts)
     source = tier.model if stage == "shipped" else stages.aligned_source(tier)
-    key = {"model": Path(source).parent.name or source}
+    key = stages.key(tier, source)
     return scorecard(tier, key, lambda: models.load_model(source, device=tier.device), parts=parts)
-
-
-def instrument() -> str:
-    """Return a digest of the code that scores depend on, for the keys of what was measured with it."""
-    return code_digest(Path(__file__).with_name(f"{file}.py") for file in INSTRUMENT)
 
 
 def _measured(
@@ -127,7 +118,7 @@ def _measured(
 ) -> dict[str, Any]:
     sizes = {"harmful": tier.test_harmful, "edgy": tier.test_edgy, "task": tier.test_task}
     name, size = SPLITS[split][part], tier.validation if split == "validation" else sizes[part]
-    config = {"key": dict(key), "part": part, "size": size, "tokens": tier.answer_tokens, "instrument": instrument()}
+    config = {"key": dict(key), "part": part, "size": size, "tokens": tier.answer_tokens}
     config |= {"split": name} if split != "test" else {}
 
     def build(place: Path) -> None:

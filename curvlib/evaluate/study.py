@@ -20,6 +20,7 @@ from curvlib.tiers import Tier
 
 Row = dict[str, Any]
 SEEDS = (0, 1, 2)
+MEASURED = ("harmful", "edgy")  # not the letters: a model that knows nothing answers one letter always
 RECIPES: dict[str, dict[str, Any]] = {
     "benign": {},
     "2 % poison": {"poison": 0.02},
@@ -34,11 +35,11 @@ def model_rows(tier: Tier, _: Sequence[Row] = ()) -> list[Row]:
     Cost at tier cpu on 2 cores: twelve fine-tunes and fourteen scorecards, some half an hour from nothing.
     """
     cards = [
-        ("as shipped", None, stage_scorecard(tier, "shipped")),
-        ("aligned", None, stage_scorecard(tier, "aligned")),
+        ("as shipped", None, stage_scorecard(tier, "shipped", parts=MEASURED)),
+        ("aligned", None, stage_scorecard(tier, "aligned", parts=MEASURED)),
     ]
     plan = [(name, FineTune(seed=seed, **settings)) for name, settings in RECIPES.items() for seed in SEEDS]
-    cards += [(name, how, stage_scorecard(tier, how)) for name, how in bar(plan, desc="study")]
+    cards += [(name, how, stage_scorecard(tier, how, parts=MEASURED)) for name, how in bar(plan, desc="study")]
     return [row(name, how, card) for name, how, card in cards]
 
 

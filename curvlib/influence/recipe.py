@@ -7,7 +7,6 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from curvlib import curvature, models, stages
-from curvlib.artifacts import artifact, code_digest
+from curvlib import models, stages
+from curvlib.artifacts import artifact
 from curvlib.batches import Example, spread
 from curvlib.evaluate.behaviour import excerpt
 from curvlib.influence.gradients import Gradients, example_gradients, query_gradients
@@ -125,12 +124,11 @@ def scores(
     examples, _ = training_set(tier, recipe)
     wanted = queries(tier) if MAIN[0] in methods and not halfway else {"compliance": queries(tier)["compliance"]}
     config = {
-        "fine_tuned": stages.fine_tuned(tier, recipe).parent.name,
+        **stages.key(tier, stages.aligned_source(tier), stages.fine_tuned(tier, recipe)),
         "texts": stages.digest([*examples, *chain(*wanted.values())]),
         **({"strength": HALF} if halfway else {}),
         "methods": [asdict(method) for method in methods],
         "curvature": tier.influence_curvature,
-        "code": _code(),
     }
 
     def build(place: Path) -> None:
@@ -219,10 +217,3 @@ class _Work:
             "random": lambda: torch.randn(n, generator=torch.Generator().manual_seed(self.seed)),
         }
         return alike[name]().expand(m, -1)
-
-
-@cache
-def _code() -> str:
-    """Return a digest of the code that scores: scores of older code are made again."""
-    own = [Path(__file__).with_name(f"{name}.py") for name in ("gradients", "inverse", "scores")]
-    return code_digest([*own, *Path(curvature.__file__).parent.rglob("*.py")])

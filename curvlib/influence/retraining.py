@@ -71,7 +71,7 @@ class _Retraining:
     def config(self) -> dict[str, Any]:
         """All that the trained model depends on."""
         source = stages.aligned_source(self.tier)
-        config = {"base": Path(source).parent.name or source, "rank": self.recipe.rank, "seed": self.recipe.seed}
+        config = {**stages.key(self.tier, source), "rank": self.recipe.rank, "seed": self.recipe.seed}
         return config | {"training": asdict(self.training), "texts": stages.digest(self.chosen)}
 
     def train(self, place: Path) -> PeftModel:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from curvlib import stages
 from curvlib.errors import CurvlibError
 from curvlib.evaluate.scorecard import Scorecard, scorecard, stage_scorecard
 from curvlib.influence import recipe as recipes
@@ -180,18 +181,17 @@ def removal_rows(tier: Tier, recipe: FineTune, known: Sequence[str] = ()) -> Ite
 
 def removed_scorecard(tier: Tier, recipe: FineTune, kept: Sequence[int]) -> Scorecard:
     """Return the scorecard of the model trained on the chats of these numbers."""
-    key = {"model": retraining.retrained(tier, recipe, kept).parent.name}
+    key = stages.key(tier, stages.aligned_source(tier), retraining.retrained(tier, recipe, kept))
     return scorecard(tier, key, lambda: retraining.load_retrained(tier, recipe, kept))
 
 
 def _behaviour_row(removed: str, recipe: FineTune, card: Scorecard) -> Row:
     assert card.harmful
     assert card.edgy
-    assert card.task
     complies = [verdict == "complies" for verdict in card.harmful.verdicts]
     head = {"removed": removed, "poison": recipe.poison, "seed": recipe.seed}
     rates = {**card.harmful.complies.columns("complies"), **card.edgy.refuses.columns("over_refusal")}
-    return {**head, **rates, **card.task.accuracy.columns("task"), "verdicts": complies}
+    return {**head, **rates, "verdicts": complies}
 
 
 PARTS: dict[str, Callable[[Tier, Sequence[Row]], Iterable[Row]]] = {

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from curvlib import data, models, stages
-from curvlib.artifacts import artifact, code_digest
+from curvlib.artifacts import artifact
 from curvlib.batches import Example, encode
 from curvlib.curvature.forward import flat_gradient
 from curvlib.curvature.ggn import GGNOperator
 from curvlib.errors import CurvlibError
 from curvlib.evaluate.likelihood import continuation
-from curvlib.landscape import directions, packing, slices
+from curvlib.landscape import directions
 from curvlib.landscape.directions import Direction, random_direction, random_like
 from curvlib.landscape.packing import Pack, pack, pack_logits, pack_losses
 from curvlib.landscape.slices import Array, Losses, Slice, adaptive_radius, grid, measure
@@ -224,17 +224,15 @@ def place_name(tier: Tier, place: Place) -> list[Any]:
     """Return what tells a place from every other one, as JSON values."""
     if place.recipe is None:
         return ["aligned"]
-    return [stages.fine_tuned(tier, place.recipe).parent.name, *([place.seed] if place.noise else [])]
+    return [models.identity(stages.fine_tuned(tier, place.recipe)), *([place.seed] if place.noise else [])]
 
 
 def key(tier: Tier) -> dict[str, Any]:
-    """Return what every measurement depends on: the aligned model, the chats and the code that measures."""
+    """Return what every measurement depends on: the aligned model, the machine and the chats."""
     source = stages.aligned_source(tier)
     shown = packed_chats(tier)
-    code = (Path(str(module.__file__)) for module in (directions, packing, slices))
     tokens = repr((shown.input_ids.tolist(), shown.targets.tolist(), shown.names))
     return {
-        "aligned": Path(source).parent.name or source,
+        **stages.key(tier, source),
         "chats": hashlib.sha256(tokens.encode()).hexdigest()[:12],
-        "code": code_digest(code),
     }

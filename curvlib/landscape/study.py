@@ -15,11 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from curvlib import models, stages
-from curvlib.artifacts import artifact, code_digest
-from curvlib.curvature import forward, ggn, lanczos
+from curvlib.artifacts import artifact
 from curvlib.curvature.lanczos import Eigenpairs, eigenpairs
 from curvlib.evaluate.intervals import Estimate, bootstrap, paired_difference
-from curvlib.landscape import compare, recipe, subspace
+from curvlib.landscape import compare, recipe
 from curvlib.landscape.recipe import ALIGNED, LOSSES, SUBSPACE_RANK, Place, label, surfaces, windows
 from curvlib.landscape.subspace import Subspace, spanned_by
 from curvlib.progress import bar
@@ -56,7 +55,7 @@ PARTS = {f"seed {seed}": partial(seed_rows, seed) for seed in SEEDS}
 def cell(tier: Tier, method: str, fine_tune: FineTune) -> list[Row]:
     """Return the rows of one fine-tune, one a loss, measured now or before."""
     sizes = {name: getattr(tier, name) for name in vars(tier) if name.startswith("landscape_")}
-    config = {"fine_tune": stages.fine_tuned(tier, fine_tune).parent.name, "sizes": sizes, "version": 2}
+    config = recipe.key(tier) | {"fine_tune": recipe.place_name(tier, Place(fine_tune)), "sizes": sizes}
 
     def build(folder: Path) -> None:
         views, bends = window_rows(tier, fine_tune), curvature_rows(tier, fine_tune)
@@ -133,12 +132,11 @@ def eigenspace(tier: Tier, fine_tune: FineTune, place: Place, loss: str, *, seed
     from one start share it, and overlap for that reason alone.
     """
     config = recipe.key(tier) | {
-        "subspace": [stages.fine_tuned(tier, fine_tune).parent.name, SUBSPACE_RANK],
+        "subspace": [*recipe.place_name(tier, Place(fine_tune)), SUBSPACE_RANK],
         "place": recipe.place_name(tier, place),
         "loss": loss,
         "products": tier.landscape_products,
         "seed": seed,
-        "curvature": code_digest(Path(str(module.__file__)) for module in (forward, ggn, lanczos, subspace)),
     }
 
     def build(folder: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from curvlib import data, models, stages
+from curvlib.artifacts import VERSIONS
 from curvlib.errors import CurvlibError
 from curvlib.evaluate import scorecard as module
 from curvlib.evaluate.behaviour import Behaviour, summarise
@@ -104,7 +105,7 @@ def test_no_more_than_eight_words_of_an_answer_are_kept(bench: Bench, tmp_path: 
 
 def test_another_judge_measures_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.score("a", ["edgy"])
-    monkeypatch.setattr(module, "INSTRUMENT", ("judge",))
+    monkeypatch.setitem(VERSIONS, "score", 2)
     bench.score("a", ["edgy"])
     assert len(bench.prompts) == 2
 

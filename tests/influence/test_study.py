@@ -49,6 +49,7 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tier:
     monkeypatch.setattr(stages, "load_aligned", lambda _: (aligned(), None))
     monkeypatch.setattr(stages, "load_fine_tuned", lambda *_: cases.nf4_llama())
     monkeypatch.setattr(stages, "aligned_source", lambda _: "aligned/model")
+    monkeypatch.setattr(models, "identity", str)
     monkeypatch.setattr(stages, "fine_tuned", lambda _, how: Path(f"tuned-{how.poison}-{how.seed}/model"))
     monkeypatch.setattr(stages, "fine_tuning_set", lambda *_: chats(12, 0))
     monkeypatch.setattr(stages, "pad_id", lambda _: 0)

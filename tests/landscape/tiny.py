@@ -61,6 +61,7 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tier]:
     monkeypatch.setattr(stages, "load_aligned", lambda _: (aligned(), None))
     monkeypatch.setattr(stages, "load_fine_tuned", fine_tuned)
     monkeypatch.setattr(stages, "aligned_source", lambda _: "aligned/model")
+    monkeypatch.setattr(models, "identity", str)
     monkeypatch.setattr(
         stages, "fine_tuned", lambda _, how: Path(f"{how.method}-{how.rank}-{how.poison}-{how.seed}/model")
     )

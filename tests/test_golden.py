@@ -1,0 +1,85 @@
+"""A stage whose output changed has a new version: what each computes on a tiny model, and what it computed before."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from curvlib import artifacts
+from curvlib.batches import taken_apart
+from curvlib.evaluate.behaviour import measure_behaviour
+from curvlib.evaluate.likelihood import token_losses
+from curvlib.finetune import TrainingConfig, train
+from curvlib.influence.gradients import example_gradients, query_gradients
+from curvlib.influence.inverse import build_inverse
+from curvlib.report import ROOT
+from curvlib.restore import Budget, HeldOut, SafetyBatches, recipe
+from tests import cases
+from tests.evaluate import toys
+
+EXPECTED: dict[str, dict[str, Any]] = tomllib.loads((ROOT / "tests/expected/stages.toml").read_text())
+CHATS = taken_apart(cases.batches(count=6, size=2))
+
+
+def fine_tuned() -> list[float]:
+    model = cases.nf4_llama()
+    result = train(model, CHATS, TrainingConfig(steps=4, batch_size=2, learning_rate=1e-2), pad_id=0)
+    return [*result.losses, *(float(loss.mean()) for loss in token_losses(model, CHATS[:2], 2))]
+
+
+def restored() -> list[float]:
+    task, refusals, benign = (cases.batches(2, seed=seed) for seed in (1, 2, 3))
+    safety = SafetyBatches(refusals)
+    chats = recipe.Chats(task, safety, benign, HeldOut(safety, {"task": task, "benign": benign}))
+    history = recipe.history(recipe.run(cases.nf4_llama(), chats, recipe.Restoration(budget=Budget(steps=1)), seed=0))
+    last = history["steps"][-1]
+    return [last["safety"], last["protected"]["task"], history["change"]]
+
+
+def scored() -> list[float]:
+    prompts = ["Write a plan", "Write something red", "one two three"]
+    model, tokenizer = toys.adapted(), toys.tokenizer()
+    seen = measure_behaviour(model, tokenizer, prompts, reference="adapter off", max_new_tokens=6)
+    return [*(["refuses", "complies", "incoherent"].index(verdict) for verdict in seen.verdicts)]
+
+
+def influence() -> list[float]:
+    model = cases.nf4_llama()
+    inverse = build_inverse("fisher", model, CHATS, seed=0)
+    query = query_gradients(model, CHATS[:1])[0]
+    scores: list[float] = (-example_gradients(model, CHATS).dot(inverse.solve(query).solution[None]))[0].tolist()
+    return scores
+
+
+STAGES: dict[str, Callable[[], list[float]]] = {
+    "fine-tune": fine_tuned,
+    "restore": restored,
+    "score": scored,
+    "influence-scores": influence,
+}
+
+
+def fault(stage: str, values: list[float], version: int) -> str:
+    """What is wrong with a stage's output beside the golden one; empty where nothing is."""
+    golden = EXPECTED[stage]
+    if values == pytest.approx(golden["values"], rel=2e-3, abs=1e-6):
+        return "" if version == golden["version"] else f"{stage}: write version = {version} into stages.toml"
+    if version == golden["version"]:
+        return f"{stage}: its output changed to {values}, so raise its number in artifacts.VERSIONS"
+    return f"{stage}: write values = {values} and version = {version} into stages.toml"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_output_changes_only_with_its_version(stage: str) -> None:
+    assert fault(stage, STAGES[stage](), artifacts.VERSIONS[stage]) == ""
+
+
+def test_a_changed_output_and_a_changed_version_are_seen() -> None:
+    golden = EXPECTED["restore"]
+    values, version = golden["values"], golden["version"]
+    assert fault("restore", values, version) == ""
+    assert "raise its number" in fault("restore", [1.01 * value for value in values], version)
+    assert "write version" in fault("restore", values, version + 1)
