@@ -122,7 +122,7 @@ def identity(source: str | Path) -> str:
     Cost: reads the folder once a process and state, 0.3 s for 270 MB.
     """
     if source == DEFAULT:
-        return f"{DEFAULT}@{fetch.source(DEFAULT).wheel.sha256[:12]}"
+        return f"{DEFAULT}@{fetch.registry()[DEFAULT].sha256[:12]}"
     folder = Path(source)
     if not (folder / "adapter_config.json").is_file():
         folder = Path(locate(str(source)))
