@@ -187,6 +187,18 @@ def test_parameters_are_checked_before_anything_runs(tmp_path: Path) -> None:
         runner.run("ci", 0, notebooks=tmp_path, runs=tmp_path / "runs")
 
 
+def test_the_page_takes_notebooks_with_the_same_cells_and_leads_to_each(tmp_path: Path) -> None:
+    for name in ("01_a", "09_b"):
+        notebook = nbformat.v4.new_notebook(cells=[markdown(f"# Title {name}"), markdown("x")])
+        notebook.cells[0].id, notebook.metadata["curvlib"] = "same", {"fault": "a | b"}
+        notebook_file.write(notebook, tmp_path / f"{name}.failed.ipynb")
+    page = notebook_file.write_page(tmp_path, "09").read_text()
+    assert page.index("Title 09_b") < page.index("Title 01_a")
+    for name in ("01_a", "09_b"):
+        assert f'href="#cell-id={name}-0"' in page
+        assert f'id="cell-id={name}-0"' in page
+
+
 def test_only_what_belongs_in_git_is_kept_and_too_much_of_it_is_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
