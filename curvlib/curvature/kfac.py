@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from curvlib.batches import IGNORED, Batch, answer_logits, answer_targets, at_least_float32
-from curvlib.curvature.fused import fused
+from curvlib.curvature.closed_form import fused
 from curvlib.curvature.kronecker import EKFAC, Basis, Block, rotate
 from curvlib.errors import CurvlibError
 from curvlib.parameters import trainable

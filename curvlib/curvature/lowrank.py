@@ -6,17 +6,22 @@ With the gradients of n sampled chats as the rows of U (n, P), scaled so that :m
 
 which asks for one n × n factorisation and two products with U. When labels are drawn from the model, the expectation of
 F is the generalised Gauss-Newton matrix of the mean loss (Martens, arXiv 1412.1193).
+
+One backward pass a batch gives all its chats' gradients. A linear map :math:`z_t = W a_t` contributes
+:math:`\sum_t g_t a_t^\top` to the gradient of one chat, with :math:`g_t` the gradient at its output: hooks collect a
+and g, and one product a map gives the rows (Goodfellow 2015, arXiv 1510.01799).
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from curvlib.batches import Batch
-from curvlib.curvature.chat_gradients import chat_gradients
+from curvlib.curvature.kfac import Fisher, chat_products, flat_places, linear_maps, trains_bias, visit_maps
 from curvlib.curvature.operator import Operator
 from curvlib.errors import CurvlibError
 from curvlib.parameters import trainable
@@ -71,6 +76,51 @@ class LowRankInverse(Operator):
         return (v - self.rows.T @ inner.to(self.dtype)) / self.damping
 
 
+def chat_gradients(
+    model: nn.Module,
+    batch: Batch,
+    *,
+    fisher: Fisher = "empirical",
+    labels: torch.Generator | None = None,
+    draws: int = 1,
+) -> Tensor:
+    """Return the gradient of each chat's loss, summed over its answer tokens, in float32 at least: (draws × B, P).
+
+    Args:
+        model: a causal language model whose trainable parameters are LoRA's, or those of linear layers.
+        batch: chats.
+        fisher: ``empirical`` differentiates the given answers, ``sampled`` answers drawn from the model's predictions.
+        labels: draws them.
+        draws: sets of labels, one after the other in the rows; they share the forward pass.
+
+    Cost: one gradient of the batch, and a backward pass for each further draw; memory draws × B × P numbers.
+
+    Raises:
+        CurvlibError: a trainable parameter is not the weight or bias of one linear map, or takes no part in the loss.
+    """
+    maps, places = linear_maps(model), flat_places(model)
+    parameters = trainable(model).values()
+    first = next(iter(parameters))
+    size = sum(parameter.numel() for parameter in parameters)
+    wide = torch.promote_types(first.dtype, torch.float32)
+    rows = torch.zeros(draws, len(batch), size, device=first.device, dtype=wide)
+    done: Counter[str] = Counter()
+
+    def visit(name: str, a: Tensor, g: Tensor, _: Tensor) -> None:
+        layer = maps[name]
+        found = chat_products(layer, a, g)
+        pieces = [(layer.weight, found[..., : layer.in_features])]
+        if trains_bias(layer):
+            pieces.append((layer.bias, found[..., -1]))
+        for parameter, piece in pieces:
+            start = places[id(parameter)]
+            rows[done[name], :, start : start + parameter.numel()] = piece.flatten(1)
+        done[name] += 1
+
+    visit_maps(model, batch, maps, visit, fisher, labels or torch.Generator(first.device), draws)
+    return rows.flatten(0, 1)
+
+
 def sampled_fisher(model: nn.Module, batches: Sequence[Batch], *, samples: int = 2, seed: int = 0) -> LowRankOperator:
     r"""Return the Fisher matrix of the mean answer-token loss over the trainable parameters, from sampled labels.
 
@@ -86,7 +136,7 @@ def sampled_fisher(model: nn.Module, batches: Sequence[Batch], *, samples: int =
     Cost: one gradient of all chats and a backward pass for each further draw; memory n × P numbers and a batch's rows.
 
     Raises:
-        CurvlibError: see :func:`~curvlib.curvature.chat_gradients.chat_gradients`.
+        CurvlibError: see :func:`chat_gradients`.
     """
     parameters = list(trainable(model).values())
     labels = torch.Generator(parameters[0].device).manual_seed(seed)

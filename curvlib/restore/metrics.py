@@ -32,7 +32,7 @@ from curvlib.curvature.kfac import ekfac
 from curvlib.curvature.kronecker import EKFAC
 from curvlib.curvature.lowrank import LowRankOperator, sampled_fisher
 from curvlib.curvature.operator import CurvatureOperator, Operator
-from curvlib.curvature.solve import Solution, conjugate_gradient, curvature_pairs, lbfgs_inverse
+from curvlib.curvature.solve import Solution, conjugate_gradient, lbfgs_inverse
 from curvlib.errors import CurvlibError
 from curvlib.restore.objectives import TASK_WEIGHT
 
@@ -183,7 +183,8 @@ def _from_pairs(given: Setting, operator: Operator) -> Metric:
     steps = [torch.randn(operator.size, generator=generator).to(given.fisher.rows) for _ in range(given.products)]
     if given.along is not None:
         steps[-1] = given.along
-    pairs = curvature_pairs(operator.damped(given.shift).matvec, [step / step.norm() for step in steps])
+    damped, units = operator.damped(given.shift), [step / step.norm() for step in steps]
+    pairs = [(step, damped.matvec(step)) for step in units]
     return Metric(exactly(lbfgs_inverse(pairs).matvec), given.rows, given.products)
 
 
