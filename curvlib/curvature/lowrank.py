@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from curvlib.batches import Batch
-from curvlib.curvature.kfac import Fisher, chat_products, flat_places, linear_maps, trains_bias, visit_maps
+from curvlib.curvature.kfac import Fisher, chat_products, flat_places, linear_maps, visit_maps
 from curvlib.curvature.operator import Operator
 from curvlib.errors import CurvlibError
 from curvlib.parameters import trainable
@@ -96,7 +96,7 @@ def chat_gradients(
     Cost: one gradient of the batch, and a backward pass for each further draw; memory draws × B × P numbers.
 
     Raises:
-        CurvlibError: a trainable parameter is not the weight or bias of one linear map, or takes no part in the loss.
+        CurvlibError: a trainable parameter is not the weight of one linear map, or takes no part in the loss.
     """
     maps, places = linear_maps(model), flat_places(model)
     parameters = trainable(model).values()
@@ -107,21 +107,23 @@ def chat_gradients(
     done: Counter[str] = Counter()
 
     def visit(name: str, a: Tensor, g: Tensor, _: Tensor) -> None:
-        layer = maps[name]
-        found = chat_products(layer, a, g)
-        pieces = [(layer.weight, found[..., : layer.in_features])]
-        if trains_bias(layer):
-            pieces.append((layer.bias, found[..., -1]))
-        for parameter, piece in pieces:
-            start = places[id(parameter)]
-            rows[done[name], :, start : start + parameter.numel()] = piece.flatten(1)
+        weight = maps[name].weight
+        start = places[id(weight)]
+        rows[done[name], :, start : start + weight.numel()] = chat_products(a, g).flatten(1)
         done[name] += 1
 
     visit_maps(model, batch, maps, visit, fisher, labels or torch.Generator(first.device), draws)
     return rows.flatten(0, 1)
 
 
-def sampled_fisher(model: nn.Module, batches: Sequence[Batch], *, samples: int = 2, seed: int = 0) -> LowRankOperator:
+def sampled_fisher(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    *,
+    weights: Sequence[float] | None = None,
+    samples: int = 2,
+    seed: int = 0,
+) -> LowRankOperator:
     r"""Return the Fisher matrix of the mean answer-token loss over the trainable parameters, from sampled labels.
 
     A row of U is :math:`(N S)^{-1/2}\,\nabla_\theta \sum_t \log p_\theta(\hat y_t \mid x, y_{<t})` of one chat, with
@@ -130,6 +132,7 @@ def sampled_fisher(model: nn.Module, batches: Sequence[Batch], *, samples: int =
     Args:
         model: its trainable parameters are LoRA's, or those of linear layers.
         batches: chats.
+        weights: a factor on the share of each batch in the matrix.
         samples: draws of labels for each chat; n = samples × chats rows.
         seed: of the draws.
 
@@ -141,9 +144,11 @@ def sampled_fisher(model: nn.Module, batches: Sequence[Batch], *, samples: int =
     parameters = list(trainable(model).values())
     labels = torch.Generator(parameters[0].device).manual_seed(seed)
     total = sum(batch.tokens for batch in batches) * samples
-    drawn = (chat_gradients(model, batch, fisher="sampled", labels=labels, draws=samples) for batch in batches)
     size, count = sum(parameter.numel() for parameter in parameters), samples * sum(len(batch) for batch in batches)
     rows, end = parameters[0].new_empty(count, size), 0
-    for found in drawn:  # one after the other into their place: no second copy of all rows
-        rows[end : end + len(found)], end = found, end + len(found)
+    for number, batch in enumerate(batches):  # one after the other into their place: no second copy of all rows
+        drawn = chat_gradients(model, batch, fisher="sampled", labels=labels, draws=samples)
+        if weights is not None:
+            drawn *= weights[number] ** 0.5
+        rows[end : end + len(drawn)], end = drawn, end + len(drawn)
     return LowRankOperator(rows.mul_(total**-0.5))

@@ -96,7 +96,7 @@ def example_gradients(
 
     Raises:
         CurvlibError: no chat, a chat longer than the model's context, no trainable parameter, or one that is not the
-            weight or bias of a linear layer.
+            weight of a linear layer.
     """
     check_examples(model, examples, "training chats" if not own_mean else "query chats")
     size = sum(parameter.numel() for parameter in trainable(model).values())

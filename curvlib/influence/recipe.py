@@ -19,10 +19,18 @@ from torch import Tensor
 from curvlib import curvature, models, stages
 from curvlib.artifacts import artifact, code_digest
 from curvlib.batches import Example, spread
+from curvlib.curvature.inverse import Inverse
 from curvlib.evaluate.behaviour import excerpt
 from curvlib.influence.gradients import Gradients, example_gradients, query_gradients
-from curvlib.influence.inverse import RULE, Inverse, build_inverse
-from curvlib.influence.scores import cosine, dot_product, embedding_similarity, gradient_norm, loss_baseline
+from curvlib.influence.scores import (
+    RULE,
+    build_inverse,
+    cosine,
+    dot_product,
+    embedding_similarity,
+    gradient_norm,
+    loss_baseline,
+)
 from curvlib.landscape.directions import multiply_adapter
 from curvlib.nf4 import bfloat16_products
 from curvlib.stages import FineTune
@@ -120,7 +128,7 @@ def scores(
             kept that checkpoint; labels then end in ``, half way``.
 
     Cost: one gradient of all chats, written to disk meanwhile, and for each method its curvature (see
-    :func:`curvlib.influence.inverse.build_inverse`).
+    :func:`curvlib.influence.scores.build_inverse`).
     """
     examples, _ = training_set(tier, recipe)
     wanted = queries(tier) if MAIN[0] in methods and not halfway else {"compliance": queries(tier)["compliance"]}
@@ -224,5 +232,5 @@ class _Work:
 @cache
 def _code() -> str:
     """Return a digest of the code that scores: scores of older code are made again."""
-    own = [Path(__file__).with_name(f"{name}.py") for name in ("gradients", "inverse", "scores")]
+    own = [Path(__file__).with_name(f"{name}.py") for name in ("gradients", "scores")]
     return code_digest([*own, *Path(curvature.__file__).parent.rglob("*.py")])

@@ -13,14 +13,14 @@ from transformers import PreTrainedTokenizerBase
 from curvlib import curvature, models, stages
 from curvlib.artifacts import artifact, code_digest
 from curvlib.batches import Batch, Example, make_batches, spread, taken_apart
+from curvlib.curvature.inverse import EKFAC_RANK, Fit, Inverse
 from curvlib.curvature.kfac import ekfac
 from curvlib.curvature.kronecker import EKFAC
 from curvlib.errors import CurvlibError
 from curvlib.finetune import TrainingConfig
 from curvlib.restore.loop import restore
-from curvlib.restore.metrics import DRAWS, EKFAC_RANK, SavedMetric
 from curvlib.restore.objectives import SafetyBatches, value
-from curvlib.restore.outcome import Budget, HeldOut, RestorationResult, held_out_terms
+from curvlib.restore.outcome import DRAWS, Budget, HeldOut, RestorationResult, held_out_terms
 from curvlib.restore.realign import realign
 from curvlib.stages import FineTune, pad_id
 from curvlib.tiers import Tier
@@ -28,7 +28,7 @@ from curvlib.tiers import Tier
 CODE = {  # files that make a restored adapter, beside outcome.py and objectives.py
     "realign": ("realign",),
     "return": ("weighted_return",),
-    "": ("loop", "metrics"),
+    "": ("loop",),
 }
 FACTOR_CHATS = 64  # a third of a fine-tuning set; each is differentiated twice
 SAVED = ("saved", "guarded")  # metrics that were saved beside the adapter
@@ -202,8 +202,16 @@ def run(
         return realign(model, chats.task, chats.safety, training=runs, **shared)
     metric: Any = how.metric
     if factors:
-        metric = SavedMetric(EKFAC.load(factors), DRAWS * FACTOR_CHATS)
+        metric = saved_metric(EKFAC.load(factors), DRAWS * FACTOR_CHATS, how.budget.damping)
     return restore(model, chats.task, chats.safety, objective=how.objective, metric=metric, **shared)
+
+
+def saved_metric(model: EKFAC, rows: int, damping: float) -> Inverse:
+    r"""Return the metric of an EK-FAC that was fitted where the restoration starts; no chats are needed.
+
+    λ is ``damping`` traces over ``rows``: the mean non-zero eigenvalue of a sampled Fisher matrix of as many rows.
+    """
+    return Fit("ekfac", model).inverse(damping * model.damping_scale * model.size / rows)
 
 
 def history(result: RestorationResult) -> dict[str, Any]:

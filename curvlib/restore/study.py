@@ -16,7 +16,6 @@ from curvlib.restore import weighted_return
 from curvlib.restore.cases import NOTHING, POISONED, REVERSION, SEEDS, Case, Row
 from curvlib.restore.learned import learned, learned_screening
 from curvlib.restore.measures import attacks, utility
-from curvlib.restore.metrics import METRICS
 from curvlib.restore.outcome import Budget
 from curvlib.restore.recipe import Restoration
 from curvlib.restore.rows import left, rank, row, score
@@ -25,6 +24,7 @@ from curvlib.tiers import Tier
 
 BENIGN = FineTune()
 OBJECTIVES = ("refusal", "ascent", "both", "composite", "distill")
+METRICS = ("identity", "fisher", "ggn", "hessian", "ekfac", "lbfgs", "composite")
 LITERAL = ("identity", "lbfgs", "composite")  # metrics of ``composite``: plain, and the L-BFGS inverse of the summary
 OURS, REALIGN = Restoration(), Restoration("realign")
 CONTENDERS = {"ours": OURS, "plain gradient": Restoration(metric="identity"), "re-alignment": REALIGN}
