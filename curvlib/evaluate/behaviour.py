@@ -17,8 +17,8 @@ from curvlib.batches import IGNORED, Batch, answer_logits, at_least_float32
 from curvlib.errors import CurvlibError
 from curvlib.evaluate.coherence import response_evidence
 from curvlib.evaluate.generate import Model, Prompt, evaluating, generate, messages
-from curvlib.evaluate.intervals import Estimate, bootstrap, rate
 from curvlib.evaluate.judge import VERDICTS, Verdict, judge
+from curvlib.evaluate.stats import Estimate, bootstrap, rate
 
 Reference = Model | Literal["adapter off"]  # another model, or the same without its adapter
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from curvlib.evaluate.coherence import Evidence, is_broken, plain
-from curvlib.evaluate.intervals import Estimate, bootstrap, cohen_kappa, rate
+from curvlib.evaluate.stats import Estimate, bootstrap, cohen_kappa, rate
 
 Verdict = Literal["refuses", "complies", "incoherent"]
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)

@@ -21,7 +21,7 @@ from curvlib.artifacts import artifact
 from curvlib.errors import CurvlibError
 from curvlib.evaluate.behaviour import Behaviour, excerpt, measure_behaviour, summarise
 from curvlib.evaluate.generate import Model
-from curvlib.evaluate.intervals import rate
+from curvlib.evaluate.stats import rate
 from curvlib.evaluate.utility import Choices, letter_accuracy
 from curvlib.tiers import Tier
 

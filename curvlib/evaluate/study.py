@@ -10,9 +10,9 @@ import numpy as np
 
 from curvlib import data, models, stages
 from curvlib.evaluate.coherence import response_evidence
-from curvlib.evaluate.intervals import Estimate, cohen_kappa, over_seeds
 from curvlib.evaluate.judge import judge, judge_agreement
 from curvlib.evaluate.scorecard import Scorecard, stage_scorecard
+from curvlib.evaluate.stats import Estimate, cohen_kappa, over_seeds
 from curvlib.progress import bar
 from curvlib.report import Claim
 from curvlib.stages import FineTune

@@ -14,8 +14,8 @@ from curvlib.artifacts import VERSIONS
 from curvlib.errors import CurvlibError
 from curvlib.evaluate import scorecard as module
 from curvlib.evaluate.behaviour import Behaviour, summarise
-from curvlib.evaluate.intervals import rate
 from curvlib.evaluate.scorecard import Scorecard, scorecard
+from curvlib.evaluate.stats import rate
 from curvlib.evaluate.utility import Choices
 from curvlib.tiers import get_tier
 from tests import cases

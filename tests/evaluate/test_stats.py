@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from curvlib.errors import CurvlibError
-from curvlib.evaluate.intervals import bootstrap, cohen_kappa, paired_difference, pooled_rate, rate, wilson
+from curvlib.evaluate.stats import bootstrap, cohen_kappa, paired_difference, pooled_rate, rate, wilson
 
 
 @pytest.mark.parametrize(("successes", "n"), [(0, 20), (3, 20), (20, 20), (95, 100)])
