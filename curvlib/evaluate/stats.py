@@ -121,16 +121,6 @@ def over_seeds(first: ArrayLike, second: ArrayLike, *, seed: int = 0) -> Estimat
     return bootstrap((np.asarray(first, dtype=float) - np.asarray(second, dtype=float)).mean(axis=0), seed=seed)
 
 
-def sum_over_seeds(*differences: ArrayLike, seed: int = 0) -> Estimate:
-    """Estimate the sum of the means of several arrays (seeds, prompts) whose prompts are not the same; see above."""
-    by_prompt = [np.asarray(difference, dtype=float).mean(axis=0) for difference in differences]
-    return bootstrap(*by_prompt, statistic=_sum_of_means, seed=seed, paired=False)
-
-
-def _sum_of_means(*samples: NDArray[Any], axis: int = -1) -> Any:
-    return sum(sample.mean(axis) for sample in samples)
-
-
 def over_fine_tunes(values: ArrayLike, *, level: float = 0.95) -> Estimate:
     """Estimate the mean of one number a fine-tune, (n,), with Student's interval: value ± t_{n-1} s / √n.
 
@@ -163,7 +153,7 @@ def hierarchical_bootstrap(
 
     Each draw takes fine-tunes and, for all of them, prompts anew (Owen, Annals of Applied Statistics 1, 2007). The
     interval is value ± t_{n-1} · s · √(n / (n - 1)) for n fine-tunes and draws of standard deviation s: percentiles of
-    the draws are too narrow. For rates near 0 or 1 see :func:`pooled_rate`. Raises CurvlibError below two of each.
+    the draws are too narrow. Raises CurvlibError below two of each.
     """
     observed: NDArray[Any] = np.asarray(values, dtype=float)
     if observed.ndim != 2 or min(observed.shape) < 2:
@@ -174,22 +164,6 @@ def hierarchical_bootstrap(
     rows, columns = (generator.multinomial(size, np.full(size, 1 / size), resamples) / size for size in observed.shape)
     drawn = ((rows @ observed) * columns).sum(axis=1)
     return _student(float(observed.mean()), float(drawn.std()) * (n / (n - 1)) ** 0.5, n, level)
-
-
-def pooled_rate(flags: ArrayLike, *, seed: int = 0, resamples: int = RESAMPLES) -> Estimate:
-    """Estimate a rate from flags (seeds, prompts): its mean, and the hull of two 95 % intervals.
-
-    One is Wilson's with as many observations as prompts: it is wide where nothing was seen. The other is the percentile
-    bootstrap that draws seeds and prompts anew: it is wide where seeds differ.
-    """
-    observed: NDArray[Any] = np.asarray(flags, dtype=float)
-    seeds, prompts = observed.shape
-    value, generator = float(observed.mean()), np.random.default_rng(seed)
-    score = wilson(round(value * prompts), prompts)
-    rows = generator.integers(seeds, size=(resamples, seeds, 1))
-    columns = generator.integers(prompts, size=(resamples, 1, prompts))
-    low, high = np.percentile(observed[rows, columns].mean(axis=(1, 2)), [2.5, 97.5])
-    return Estimate(value, min(score.low, float(low)), max(score.high, float(high)), prompts)
 
 
 def paired_proportions(first: ArrayLike, second: ArrayLike, *, level: float = 0.95) -> Estimate:

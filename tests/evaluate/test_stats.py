@@ -22,7 +22,6 @@ from curvlib.evaluate.stats import (
     over_fine_tunes,
     paired_difference,
     paired_proportions,
-    pooled_rate,
     rate,
     ratio_over_fine_tunes,
     tango,
@@ -158,19 +157,6 @@ def test_holm_errs_in_one_family_of_twenty() -> None:
     assert 0.025 < wrong < 0.05
     assert np.mean(p.min(axis=1) <= 0.05) > 0.15  # uncorrected
     assert holm([0.9, 0.6]).tolist() == [1.0, 1.0]
-
-
-@pytest.mark.parametrize("chance", [0.02, 0.5, 0.9])
-def test_pooled_rates_cover(chance: float) -> None:
-    flags = (np.random.default_rng(9).random((300, 3, 48)) < chance).astype(float)
-    assert share_covered(lambda sample: pooled_rate(sample, resamples=100), flags, chance) > 0.93
-
-
-def test_the_interval_is_wide_where_seeds_differ_and_where_nothing_was_seen() -> None:
-    same, differ = np.tile([1.0] * 30 + [0.0] * 30, (3, 1)), np.repeat([[0.0], [0.5], [1.0]], 60, axis=1).round()
-    narrow, wide = pooled_rate(same, resamples=300), pooled_rate(differ, resamples=300)
-    assert wide.high - wide.low > 2 * (narrow.high - narrow.low)
-    assert pooled_rate(np.zeros((3, 60)), resamples=50).high == pytest.approx(wilson(0, 60).high)
 
 
 def test_kappa_by_hand_and_by_scikit_learn() -> None:
