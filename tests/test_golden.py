@@ -42,7 +42,7 @@ def restored() -> list[float]:
 def scored() -> list[float]:
     prompts = ["Write a plan", "Write something red", "one two three"]
     model, tokenizer = toys.adapted(), toys.tokenizer()
-    seen = measure_behaviour(model, tokenizer, prompts, reference="adapter off", max_new_tokens=6)
+    seen = measure_behaviour(model, tokenizer, prompts, max_new_tokens=6)
     return [*(["refuses", "complies", "incoherent"].index(verdict) for verdict in seen.verdicts)]
 
 
