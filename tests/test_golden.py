@@ -45,7 +45,7 @@ def scored() -> list[float]:
     with torch.random.fork_rng():
         torch.manual_seed(0)  # peft draws its A from the global generator
         model, tokenizer = toys.adapted(), toys.tokenizer()
-    seen = measure_behaviour(model, tokenizer, prompts, reference="adapter off", max_new_tokens=6)
+    seen = measure_behaviour(model, tokenizer, prompts, max_new_tokens=6)
     return [*(["refuses", "complies", "incoherent"].index(verdict) for verdict in seen.verdicts)]
 
 
