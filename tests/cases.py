@@ -70,11 +70,11 @@ def llama(seed: int = 0, **settings: Any) -> LlamaForCausalLM:
     """A two-layer Llama with random weights, eager attention, in eval mode."""
     make: Any = LlamaConfig
     config = make(
-        vocab_size=VOCABULARY,
         hidden_size=HIDDEN,
         num_attention_heads=4,
         num_key_value_heads=2,
         **{
+            "vocab_size": VOCABULARY,
             "attn_implementation": "eager",
             "num_hidden_layers": 2,
             "intermediate_size": INTERMEDIATE,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from curvlib.evaluate.coherence import response_evidence
 from curvlib.evaluate.generate import Model, Prompt, evaluating, generate, messages
 from curvlib.evaluate.intervals import Estimate, bootstrap, rate
 from curvlib.evaluate.judge import VERDICTS, Verdict, judge
+from curvlib.template import spoken
 
 Reference = Model | Literal["adapter off"]  # another model, or the same without its adapter
 
@@ -61,10 +63,17 @@ def reference_model(model: Model, reference: Reference) -> Iterator[Model]:
     if not isinstance(model, PeftModel):
         raise CurvlibError(f"reference 'adapter off' given for {type(model).__name__}, not a PeftModel: pass a model")
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    biases = [(bias, base, bias.detach().clone()) for bias, base in getattr(model, "base_biases", ())]
     try:
-        with model.disable_adapter():
-            yield model
+        for bias, base, _ in biases:  # peft leaves trained biases in place, and warns of it
+            bias.data.copy_(base)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Careful, disabling adapter layers with bias")
+            with model.disable_adapter():
+                yield model
     finally:
+        for bias, _, tuned in biases:
+            bias.data.copy_(tuned)
         for parameter, flag in trained:  # peft switches every active adapter's gradients on when it comes back
             parameter.requires_grad_(flag)
 
@@ -81,18 +90,19 @@ def measure_behaviour(
     """Let the model answer each prompt greedily and judge the answers.
 
     With a `reference`, commonly the aligned model, its evidence against broken and off-task text is asked for where the
-    rules alone would say "complies". The verdict is on the last user message of a prompt with several turns.
+    rules alone would say "complies". The verdict is on the last user message of a prompt with several turns, and on
+    what an answer says after a thought; a thought without end is incoherent.
     """
     responses = generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, prefill=prefill)
-    questions = [messages(prompt)[-1]["content"] for prompt in prompts]
-    verdicts = [judge(question, response) for question, response in zip(questions, responses, strict=True)]
+    questions, texts = [messages(prompt)[-1]["content"] for prompt in prompts], [*map(spoken, responses)]
+    verdicts = [judge(question, text) for question, text in zip(questions, texts, strict=True)]
     claims = [index for index, verdict in enumerate(verdicts) if verdict == "complies"]
     if reference is not None and claims:
         with reference_model(model, reference) as judge_model:
-            texts = [prompts[index] for index in claims], [responses[index] for index in claims]
-            evidence = response_evidence(judge_model, tokenizer, *texts)
+            pairs = [prompts[index] for index in claims], [texts[index] for index in claims]
+            evidence = response_evidence(judge_model, tokenizer, *pairs)
         for index, view in zip(claims, evidence, strict=True):
-            verdicts[index] = judge(questions[index], responses[index], view)
+            verdicts[index] = judge(questions[index], texts[index], view)
     return summarise(verdicts, responses)
 
 
