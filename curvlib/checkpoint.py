@@ -129,7 +129,8 @@ def adapter_settings(folder: Path) -> dict[str, Any]:
 def attach(model: PreTrainedModel, folder: Path) -> PeftModel:
     """Return ``model`` under the LoRA adapter in ``folder``, trainable and in float32.
 
-    Where the adapter also trained biases, ``adapted.base_biases`` holds each with the base's own numbers.
+    Biases that the adapter trained have its numbers and stay frozen, since curvature is taken of LoRA's maps alone;
+    ``adapted.base_biases`` holds each with the base's own numbers.
 
     Raises:
         CurvlibError: no plain LoRA adapter (see :func:`adapter_settings`), other tensors than the model has places for,
@@ -161,6 +162,6 @@ def attach(model: PreTrainedModel, folder: Path) -> PeftModel:
     if lost:
         raise CurvlibError(f"the adapter {folder} does not fit {model.name_or_path!r} ({lost[0]}): {advice}")
     require_finite(folder, places.items())
-    trained: Any = [(p, biases[id(p)]) for p in adapted.parameters() if p.requires_grad and id(p) in biases]
+    trained: Any = [(p.requires_grad_(False), biases[id(p)]) for p in adapted.parameters() if id(p) in biases]
     adapted.base_biases = trained
     return adapted

@@ -14,14 +14,15 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from curvlib import models, nf4
+from curvlib.curvature.lowrank import sampled_fisher
 from curvlib.errors import CurvlibError
 from curvlib.evaluate.behaviour import reference_model
-from curvlib.parameters import trainable
+from curvlib.parameters import flatten, trainable
 from tests import cases
 from tests.evaluate import toys
 
 IDS = torch.arange(2, 12)[None]
-TINY = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2} | {
+TINY = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2} | {
     "num_attention_heads": 4, "num_key_value_heads": 2,
 }  # fmt: skip
 
@@ -115,7 +116,9 @@ def test_plain_adapters_are_what_peft_makes_of_them_and_go_off_whole(
     with reference_model(model, "adapter off") as alone:
         torch.testing.assert_close(logits(alone), logits(bare), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(logits(model), logits(adapted), rtol=1e-4, atol=1e-4)
-    assert all(parameter.dtype == torch.float32 for parameter in trainable(model).values())
+    parameters = trainable(model)
+    assert all("lora_" in name and parameter.dtype == torch.float32 for name, parameter in parameters.items())
+    assert sampled_fisher(model, cases.batches(2, 2), samples=1).size == flatten(parameters).numel()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft takes a trained bias of LoRA for one of a wrong shape
         model.save_pretrained(str(tmp_path / "again"))
@@ -168,7 +171,7 @@ def renamed(tensors: dict[str, torch.Tensor]) -> None:
 
 
 def swapped(tensors: dict[str, torch.Tensor]) -> None:
-    tensors["base_model.model.model.embed_tokens.weight"] = torch.zeros(64, 64)
+    tensors["base_model.model.model.embed_tokens.weight"] = torch.zeros(128, 64)
 
 
 def broken(tensors: dict[str, torch.Tensor]) -> None:

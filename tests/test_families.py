@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from curvlib import prefix
+from curvlib import models, nf4, prefix
 from curvlib.batches import IGNORED, Batch, Example, answer_logits, answer_targets, make_batches
 from curvlib.curvature.forward import flat_gradient
 from curvlib.curvature.ggn import ggn_vector_product
@@ -43,6 +44,8 @@ FAMILIES = [
     ("Mixtral", {"num_local_experts": 4}),
     ("Qwen3Moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32} | HEADS),
 ]
+FOUR_BITS = ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2", "Gemma3Text", "Phi3", "SmolLM3", "Granite", "Olmo2"]
+FOUR_BITS += ["Cohere", "StableLm", "GPTNeoX", "GPT2", "Mixtral"]
 
 
 def model_of(name: str, settings: dict[str, Any]) -> Any:
@@ -93,6 +96,37 @@ def test_a_batch_is_its_chats(name: str, settings: dict[str, Any]) -> None:
             written = decode_batch(model, *left_pad(ROWS, 0, torch.device("cpu")), [1], 4)
             assert written == [answer(model, row, 4) for row in ROWS]
     torch.testing.assert_close(together, alone, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", FOUR_BITS)
+def test_four_bit_models_have_the_derivatives_of_their_dense_twins(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CURVLIB_CACHE", str(tmp_path / "cache"))
+    model_of(name, dict(FAMILIES)[name]).float().save_pretrained(tmp_path / "base")
+    model = models.load_model(str(tmp_path / "base"), device="cpu")
+    options = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    twin = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", **options)
+    with torch.no_grad():
+        for label, layer in nf4.four_bit_layers(model).items():
+            target = twin.get_submodule(label)
+            target.weight.copy_(nf4.dequantise(layer) if isinstance(target, nn.Linear) else nf4.dequantise(layer).T)
+    targets = [label.rpartition(".")[2] for label in nf4.four_bit_layers(model)]
+    pairs = []
+    for number, given in enumerate((model, twin)):
+        adapted = models.add_lora(given, rank=2, seed=0, target_modules=sorted(set(targets)))
+        adapted = (adapted.double() if number else adapted).eval()
+        for label, parameter in adapted.named_parameters():
+            if "lora_B" in label:
+                parameter.data.copy_(0.05 * random(*parameter.shape))
+        pairs.append((adapted, list(trainable(adapted).values())))
+    (model, own), (twin, exact) = pairs
+    v = random(sum(parameter.numel() for parameter in own))
+    found = hessian_vector_product(lambda: losses(model)[0], own, v.float())
+    products = ggn_vector_product(lambda: answer_logits(model, batch()), own, v.float())
+    with Exact():
+        assert relative_error(found, hessian_vector_product(lambda: losses(twin)[1], exact, v)) < 1e-4
+        assert relative_error(products, ggn_vector_product(lambda: answer_logits(twin, batch()), exact, v)) < 1e-4
 
 
 def test_the_check_would_see_a_shared_beginning_where_places_are_columns(monkeypatch: pytest.MonkeyPatch) -> None:
