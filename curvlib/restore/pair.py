@@ -14,8 +14,6 @@ from curvlib.errors import CurvlibError
 from curvlib.progress import say
 from curvlib.template import write
 
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
-
 
 def load_pair(base: str, adapter: Path, device: str | None) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """Return the base in NF4 under the adapter, trainable, and the tokenizer with the template of the adapter.
@@ -44,7 +42,7 @@ def pair_tokenizer(base: str, adapter: Path) -> PreTrainedTokenizerBase:
         CurvlibError: the adapter's tokens have other numbers than the base's.
     """
     of_base = models.load_tokenizer(base, chat=False)
-    template, own = adapter / "chat_template.jinja", all((adapter / name).is_file() for name in TOKENIZER)
+    template, own = adapter / "chat_template.jinja", (adapter / "tokenizer_config.json").is_file()
     tokenizer = models.load_tokenizer(str(adapter), chat=False) if own else of_base
     vocabulary, expected = tokenizer.get_vocab(), of_base.get_vocab()
     taken = {token: word for word, token in expected.items()}
