@@ -24,7 +24,7 @@ from curvlib.progress import say
 from curvlib.restore import objectives
 from curvlib.restore.objectives import SafetyBatches
 from curvlib.restore.outcome import HeldOut
-from curvlib.restore.pair import load_pair
+from curvlib.restore.pair import load_pair, pair_tokenizer
 from curvlib.restore.recipe import BATCH_SIZE, Chats, Restoration, history, run
 from curvlib.restore.rows import Rows, Split, cut, encode_chats, read_chats
 from curvlib.template import spoken
@@ -87,10 +87,11 @@ def restore_adapter(request: Request) -> dict[str, Outcome]:
     told = {name: rows.notes for name, rows in given.items() if rows.notes}
     for name, notes in told.items():
         say(f"{request.files[name]}: {'; '.join(notes)}")
-    model, tokenizer = load_pair(request.base, request.adapter, request.device)
+    tokenizer = pair_tokenizer(request.base, request.adapter)
     encoded = {name: encode_chats(tokenizer, rows) for name, rows in given.items()}
     tasks = cut(encoded["task"], TASK, "task chats", request.seed)
     harmful, benign = _harmful(given.get("harmful"), request.seed), _benign(given.get("benign"), request.seed)
+    model = load_pair(request.base, request.adapter, request.device, [e for part in encoded.values() for e in part])
     _check_base(model, make_batches([*tasks.learn, *tasks.choose], BATCH_SIZE, stages.pad_id(tokenizer)), request)
     result = run(model, _chats(model, tokenizer, harmful, benign, tasks), request.how, seed=request.seed)
     if len(result.steps) == 1:

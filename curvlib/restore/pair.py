@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,38 +10,36 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from curvlib import models
+from curvlib.batches import Example
 from curvlib.checkpoint import adapter_settings
 from curvlib.errors import CurvlibError
 from curvlib.progress import say
-from curvlib.template import write
 
 
-def load_pair(base: str, adapter: Path, device: str | None) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    """Return the base in NF4 under the adapter, trainable, and the tokenizer with the template of the adapter.
+def load_pair(base: str, adapter: Path, device: str | None, examples: Iterable[Example]) -> PeftModel:
+    """Return the base in NF4 under the adapter, trainable; ``examples`` are all that it will read.
 
     Raises:
-        CurvlibError: the folder holds no plain LoRA adapter, or one of another base or vocabulary.
+        CurvlibError: the adapter is of another base, or the base has no embedding for a token.
     """
-    adapter_settings(adapter)
-    tokenizer = pair_tokenizer(base, adapter)
     model = models.load_model(base, device=device)
     embedding: Any = model.get_input_embeddings()
     rows = len(embedding.weight)
-    probe = write(tokenizer, [{"role": "user", "content": "curves"}, {"role": "assistant", "content": "bend"}])
-    highest = max(tokenizer(probe, add_special_tokens=False)["input_ids"])
+    highest = max(max(example.input_ids) for example in examples)
     if highest >= rows:
         raise CurvlibError(
-            f"the tokenizer has token {highest} and {base!r} {rows} rows of embedding: give those that belong together"
+            f"the chats have token {highest} and {base!r} {rows} rows of embedding: give the tokenizer that fits it"
         )
-    return models.load_adapter(model, adapter), tokenizer
+    return models.load_adapter(model, adapter)
 
 
 def pair_tokenizer(base: str, adapter: Path) -> PreTrainedTokenizerBase:
     """Return the adapter's own tokenizer and template where its folder has them, else the base's.
 
     Raises:
-        CurvlibError: the adapter's tokens have other numbers than the base's.
+        CurvlibError: the folder holds no plain LoRA adapter, or its tokens have other numbers than the base's.
     """
+    adapter_settings(adapter)
     of_base = models.load_tokenizer(base, chat=False)
     template, own = adapter / "chat_template.jinja", (adapter / "tokenizer_config.json").is_file()
     tokenizer = models.load_tokenizer(str(adapter), chat=False) if own else of_base

@@ -149,7 +149,7 @@ def _chat(row: Fields, where: str, answered: bool) -> Chat:
     turns, prompt, answer = _first(row, TURNS), _first(row, PROMPTS), _first(row, ANSWERS)
     answer = answer if answer and (answered or row[answer]) else ""
     if turns:
-        chat = _messages(row[turns], where)
+        chat = _messages(_parsed(row[turns]), where)
     elif prompt:
         extra = [row["input"]] if prompt == "instruction" and row.get("input") else []
         asked = "\n\n".join(map(str, [row[prompt], *extra])) if isinstance(row[prompt], str) else row[prompt]
@@ -165,6 +165,14 @@ def _chat(row: Fields, where: str, answered: bool) -> Chat:
     return chat
 
 
+def _parsed(value: Any) -> Any:
+    """Return a list that a CSV file holds as JSON text; anything else as it is."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return value
+
+
 def _turn(value: Any, role: str, where: str) -> Chat:
     """Return a column's text as one message (numbers of a table are text); a list is messages already."""
     value = str(value) if isinstance(value, int | float) else value
@@ -176,9 +184,9 @@ def _messages(value: Any, where: str) -> Chat:
         raise CurvlibError(f"{where} holds no list of messages with role and content: expected {EXPECTED}")
     chat = Chat()
     for message in value:
-        names = ("from", "value") if "from" in message else ("role", "content")
+        names = ("from", "value") if message.get("from") is not None else ("role", "content")
         role, content = (message.get(name) for name in names)
-        if role not in (roles := SHAREGPT if names[0] == "from" else ROLES):
+        if not isinstance(role, str) or role not in (roles := SHAREGPT if names[0] == "from" else ROLES):
             raise CurvlibError(f"{where} has a message of role {role!r}, expected one of {', '.join(roles)}")
         extra = [name for name, item in message.items() if item and name not in (*names, *FLAGS)]
         if not isinstance(content, str) or extra:
@@ -190,7 +198,7 @@ def _messages(value: Any, where: str) -> Chat:
 
 def _silent(row: Fields) -> bool:
     """Tell whether the last answer is marked as none to learn from."""
-    turns = row.get(_first(row, TURNS))
+    turns = _parsed(row.get(_first(row, TURNS)))
     return isinstance(turns, list) and any(turns[-1].get(flag) in (0, False) for flag in FLAGS)
 
 

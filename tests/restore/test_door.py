@@ -222,14 +222,14 @@ def test_the_adapters_own_template_is_used_and_saved(
 
 
 @pytest.mark.parametrize(
-    ("words", "message"), [({"red": 9, "blue": 8}, "differ (in "), ({"zebra": 200}, "has token 200")]
+    ("words", "message"), [({"red": 9, "blue": 8}, "differ (in "), ({"zebra": 200}, "have token 200")]
 )
 def test_a_tokenizer_of_another_base_is_told(
     words: dict[str, int], message: str, run: Any, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     own = copied(place / "adapter", tmp_path / "own")
     toys.tokenizer().save_pretrained(own)
-    (own / "chat_template.jinja").write_text(toys.TEMPLATE.replace("<user>", "zebra"), "utf-8")
+    (own / "chat_template.jinja").write_text("zebra " + toys.TEMPLATE, "utf-8")
     content = json.loads((own / "tokenizer.json").read_text("utf-8"))
     content["model"]["vocab"] |= words
     (own / "tokenizer.json").write_text(json.dumps(content), "utf-8")

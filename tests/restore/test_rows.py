@@ -69,6 +69,12 @@ def test_every_form_and_file_gives_the_same_chats(form: str, tmp_path: Path) -> 
         assert found.notes == (("columns not read: prompt",) if form == "an id as prompt" else ())
 
 
+def test_a_csv_file_may_hold_messages_as_json(tmp_path: Path) -> None:
+    table = [{"messages": json.dumps(c)} for c in CHATS]
+    Dataset.from_list(table).to_csv(tmp_path / "rows.csv", index=False)
+    assert list(read_chats(tmp_path / "rows.csv").chats.values()) == CHATS
+
+
 def test_a_hub_id_is_read_by_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, asked = module.load_dataset, []
 
