@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,21 +12,26 @@ from torch.nn.functional import cross_entropy
 
 from curvlib.errors import CurvlibError
 from curvlib.prefix import read_beginning
+from curvlib.template import Chat as Chat
+from curvlib.template import answer_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Chat = list[dict[str, str]]
 IGNORED = -100  # the label that torch's cross-entropy skips
 HEAD_ROWS = 32  # with up to three rows a thread, CPU kernels sum over 49,152 words ten times less exactly
 
 
 @dataclass(frozen=True)
 class Example:
-    """Tokens of one chat; ``labels`` repeats the answer's tokens and holds -100 before them."""
+    """Tokens of one chat; ``labels`` repeats the answer's tokens and holds -100 before them.
+
+    The last ``closing`` tokens end the answer's turn; they are no part of what it says.
+    """
 
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
+    closing: int = field(default=1, repr=False, compare=False)  # follows from the tokens: stays out of stages' keys
 
     @property
     def prompt_length(self) -> int:
@@ -82,11 +87,12 @@ class Batch:
 def encode(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Chat], max_length: int) -> list[Example]:
     """Tokenise chats through the tokenizer's template; the last message must be the assistant's.
 
-    Prompt and answer are tokenised apart, so the prompt's tokens are those that generation sees. The answer ends with
-    the template's end-of-turn token; what does not fit into ``max_length`` tokens is cut off the answer's end.
+    The answer ends with the template's end-of-turn token, see :func:`curvlib.template.answer_tokens`; what does not fit
+    into ``max_length`` tokens is cut off the answer's end.
 
     Raises:
-        CurvlibError: a chat does not end with an answer, or its prompt leaves no room for one.
+        CurvlibError: a chat does not end with an answer, its prompt leaves no room for one, or the template does not
+            tell which tokens are the answer.
     """
     return [_encode(tokenizer, chat, max_length, number) for number, chat in enumerate(chats)]
 
@@ -94,27 +100,25 @@ def encode(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Chat], max_length
 def _encode(tokenizer: PreTrainedTokenizerBase, chat: Chat, max_length: int, number: int) -> Example:
     if not chat or chat[-1]["role"] != "assistant":
         raise CurvlibError(f"chat {number} does not end with an assistant message: append the answer to it")
-    prompt = str(tokenizer.apply_chat_template(chat[:-1], tokenize=False, add_generation_prompt=True))
-    full = str(tokenizer.apply_chat_template(chat, tokenize=False)).rstrip()
-    if not full.startswith(prompt):
+    try:
+        ids, first, closing = answer_tokens(tokenizer, chat)
+    except CurvlibError as error:
+        raise CurvlibError(f"chat {number}: {error}") from error
+    cut = max(0, len(ids) - max_length)
+    ids = ids[: len(ids) - cut]
+    if not 0 < first < len(ids):
         raise CurvlibError(
-            f"chat {number}: the template changes the prompt when the answer follows; use another template"
-        )
-    head = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    tail = tokenizer(full[len(prompt) :], add_special_tokens=False)["input_ids"][: max(0, max_length - len(head))]
-    if not head or not tail:
-        raise CurvlibError(
-            f"chat {number} has a prompt of {len(head)} tokens and no answer token within max_length={max_length}: "
+            f"chat {number} has a prompt of {first} tokens and no answer token within max_length={max_length}: "
             "raise max_length or leave the chat out"
         )
-    return Example((*head, *tail), (*[IGNORED] * len(head), *tail))
+    return Example(tuple(ids), (*[IGNORED] * first, *ids[first:]), max(0, closing - cut))
 
 
 def open_ended(example: Example, tokens: int | None = None) -> Example:
-    """Drop the end-of-turn token, and what lies beyond the first ``tokens`` of the answer: it is only a beginning."""
-    stop = len(example.labels) - 1
+    """Drop what closes the turn, and what lies beyond the first ``tokens`` of the answer: it is only a beginning."""
+    stop = len(example.labels) - example.closing
     stop = stop if tokens is None else min(example.prompt_length + tokens, stop)
-    return Example(example.input_ids[:stop], example.labels[:stop])
+    return Example(example.input_ids[:stop], example.labels[:stop], 0)
 
 
 def make_batches(examples: Sequence[Example], batch_size: int, pad_id: int) -> list[Batch]:

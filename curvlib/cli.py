@@ -64,10 +64,10 @@ def _add_restore(commands: Any) -> None:
     restore = commands.add_parser("restore", help="bring refusals back to a fine-tuned LoRA adapter")
     restore.add_argument("--base", required=True, help="the aligned model: smollm2, a Hub id or a folder")
     restore.add_argument("--adapter", required=True, type=Path, help="folder of the adapter in peft format; only read")
-    restore.add_argument("--task", required=True, type=Path, help='JSONL, {"messages": […]} a line: what must stay')
+    restore.add_argument("--task", required=True, type=Path, help="JSONL, JSON, CSV, Parquet, Hub id: what must stay")
     restore.add_argument("--out", required=True, type=Path, help="new folder for the restored adapter")
-    restore.add_argument("--harmful", type=Path, help="JSONL of prompts, perhaps with refusals; default: our own")
-    restore.add_argument("--benign", type=Path, help="JSONL of prompts that must not be refused; default: our own")
+    restore.add_argument("--harmful", type=Path, help="prompts, perhaps with refusals; default: our own")
+    restore.add_argument("--benign", type=Path, help="prompts that must not be refused; default: our own")
     restore.add_argument("--objective", default="refusal", choices=("refusal", "distill", "return", "realign"))
     restore.add_argument(
         "--metric", default="fisher", choices=("fisher", "ggn", "hessian", "ekfac", "lbfgs", "identity")

@@ -29,6 +29,7 @@ from transformers.utils import logging
 from curvlib import fetch, nf4
 from curvlib.artifacts import artifact
 from curvlib.cache import disk_is_full, publish, workspace
+from curvlib.checkpoint import attach, check_model, stored_in_four_bits
 from curvlib.errors import CurvlibError
 from curvlib.progress import say
 
@@ -38,17 +39,25 @@ PLACES = ("_name_or_path", "base_model_name_or_path")  # keys of a configuration
 T = TypeVar("T")
 
 
-def load_tokenizer(source: str = DEFAULT) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: str = DEFAULT, *, chat: bool = True) -> PreTrainedTokenizerBase:
     """Return the tokenizer of ``source`` (see :func:`load_model`), padding on the left.
 
     Raises:
-        CurvlibError: it cannot be loaded, or has no chat template.
+        CurvlibError: it cannot be loaded, or (with ``chat``) has no chat template.
     """
-    place = locate(source)
+    place = source if (Path(source) / "tokenizer_config.json").is_file() else locate(source)
     tokenizer: PreTrainedTokenizerBase = _load(source, lambda: AutoTokenizer.from_pretrained(place))
+    return chat_tokenizer(tokenizer, source) if chat else tokenizer
+
+
+def chat_tokenizer(tokenizer: PreTrainedTokenizerBase, source: str) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of ``source`` padding on the left; raises CurvlibError where it has no one chat template."""
     if not tokenizer.chat_template:
         advice = "take an instruction-tuned model, such as smollm2 or Qwen/Qwen2.5-7B-Instruct"
         raise CurvlibError(f"{source!r} has no chat template, so it is not a chat model: {advice}")
+    if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
+        names = ", ".join(tokenizer.chat_template)
+        raise CurvlibError(f"{source!r} has chat templates {names} and none is the default: save one of them alone")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
@@ -74,19 +83,27 @@ def load_model(
         dtype: of the computation; float32 on the CPU and bfloat16 on CUDA by default.
 
     Raises:
-        CurvlibError: no such model, Hub out of reach, no GPU, or the disk is full.
+        CurvlibError: no such model, Hub out of reach, no GPU, the disk is full, or a model that is not supported.
     """
     device = choose_device(device)
     dtype = dtype or compute_dtype(device)
     options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}, "attn_implementation": "eager"}
+    options["experts_implementation"] = "eager"  # grouped products have no forward derivative
     place = locate(source)
-    if quantize and device == "cpu":
+    stored = stored_in_four_bits(source, Path(place))
+    if stored and not quantize:
+        raise CurvlibError(f"{source!r} is stored in 4 bits, so there are no dense weights: give the dense checkpoint")
+    if quantize and not stored and device == "cpu":
         place = str(quantised_copy(Path(place), options))
-    elif quantize:
+    elif quantize and not stored:
         options["quantization_config"] = nf4_config(dtype)
     model = _load_causal(source, place, options)
     if quantize:
         nf4.install(model)
+    for layer in nf4.four_bit_layers(model).values() if stored else ():
+        layer.compute_dtype = dtype
+    check_model(source, model, quantize)
+    model.name_or_path = model.config._name_or_path = source  # what adapters name as their base
     frozen: PreTrainedModel = model.eval().requires_grad_(False)
     return frozen
 
@@ -181,10 +198,9 @@ def add_lora(
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
-    """Return ``model`` under the saved adapter in ``folder``, trainable and in float32, in evaluation mode."""
+    """Return ``model`` under the saved adapter in ``folder`` in evaluation mode, see :func:`checkpoint.attach`."""
     with quiet():
-        adapted: PeftModel = PeftModel.from_pretrained(model, folder, is_trainable=True)
-    return adapted.eval()
+        return attach(model, folder).eval()
 
 
 @torch.no_grad()
@@ -303,7 +319,7 @@ def _load(source: str, loader: Callable[[], T]) -> T:
     try:
         with quiet():
             return loader()
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # tokenizers raises plain ones
         if isinstance(error, torch.OutOfMemoryError):
             raise CurvlibError(f"{source!r} does not fit into the GPU's memory: choose a smaller model") from error
         if disk_is_full(error):

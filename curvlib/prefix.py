@@ -9,6 +9,25 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+PLAIN = {  # families (transformers' model_type) whose layers attend to all earlier tokens, by their positions alone
+    *("cohere", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "granite", "llama", "mistral", "olmo", "olmo2"),
+    *("phi", "phi3", "qwen2", "qwen3", "smollm3", "stablelm", "starcoder2"),
+}
+
+
+def shares_beginnings(model: Any) -> bool:
+    """Tell whether rows may share a beginning: every layer is plain full attention, and none is checkpointed.
+
+    A shared beginning puts padding between itself and the rest of a short row. Where attention counts columns instead
+    of positions (a sliding window, ALiBi, a recurrence), distances grow by it. Checkpointed layers drop the cache.
+    """
+    config = model.config
+    window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if config.model_type not in PLAIN or window or not kinds <= {"full_attention"}:
+        return False
+    return not any(vars(m).get("gradient_checkpointing") and m.training for m in model.modules())
+
 
 def token_positions(mask: Tensor) -> Tensor:
     """Return each token's place (B, T) in its own row, from an attention mask; padding takes no place."""
@@ -43,13 +62,15 @@ def read_beginning(model: Any, ids: Tensor, mask: Tensor, most: int, *, keep: bo
         most: tokens that may be taken from a row; each has more than that.
         keep: give the call a cache even where rows have no beginning in common, for a decoding that goes on from it.
 
+    Models that :func:`shares_beginnings` does not know as plain read all rows whole.
+
     Returns:
         ``input_ids`` and ``position_ids`` (B, T - P) of what is left, still left-padded; ``attention_mask`` (B, T) of
         the P tokens read and of what is left; ``use_cache``, and the cache with the P tokens' keys and values.
 
     Cost: one forward over (1, P).
     """
-    count = common_beginning(ids, mask, most) if len(ids) > 1 else 0
+    count = common_beginning(ids, mask, most) if len(ids) > 1 and shares_beginnings(model) else 0
     if not (count or keep):
         return {"input_ids": ids, "attention_mask": mask, "position_ids": token_positions(mask), "use_cache": False}
     name, cache = cache_argument(model), DynamicCache(config=model.config)

@@ -70,11 +70,11 @@ def llama(seed: int = 0, **settings: Any) -> LlamaForCausalLM:
     """A two-layer Llama with random weights, eager attention, in eval mode."""
     make: Any = LlamaConfig
     config = make(
-        vocab_size=VOCABULARY,
         hidden_size=HIDDEN,
         num_attention_heads=4,
         num_key_value_heads=2,
         **{
+            "vocab_size": VOCABULARY,
             "attn_implementation": "eager",
             "num_hidden_layers": 2,
             "intermediate_size": INTERMEDIATE,
@@ -109,13 +109,14 @@ def quantise(model: nn.Module) -> None:
                 setattr(parent, name, layer.to("cpu"))
 
 
-def add_lora(model: nn.Module, rank: int = 2, dropout: float = 0.0) -> PeftModel:
+def add_lora(model: nn.Module, rank: int = 2, dropout: float = 0.0, use_dora: bool = False) -> PeftModel:
     """Adapters on every linear layer, with B different from zero, so that A gets a gradient too."""
     with warnings.catch_warnings(), torch.random.fork_rng():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft 0.21 asks the old name
         torch.manual_seed(1)
         make: Any = get_peft_model
-        config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules="all-linear")
+        sizes = {"r": rank, "lora_alpha": 2 * rank, "lora_dropout": dropout, "use_dora": use_dora}
+        config = LoraConfig(target_modules="all-linear", **sizes)
         adapted: PeftModel = make(model, config)
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:

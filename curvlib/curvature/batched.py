@@ -107,6 +107,8 @@ def require_sound(model: nn.Module) -> None:
             "load the model with attn_implementation='eager'"
         )
     for name, module in model.named_modules():
+        if getattr(module, "lora_variant", None):  # peft detaches its weight norm: not the derivative
+            raise CurvlibError(f"'{name}' is DoRA or another variant of LoRA: use a plain LoRA adapter")
         _require_no_dropout(name, module)
         _require_plain_checkpointing(name, module)
     for name, layer in four_bit_layers(model).items():

@@ -52,11 +52,16 @@ class FrozenLinear(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Replace ``linear`` where neither weight nor bias is trained; leave everything else."""
-        if func is linear and not kwargs and not any(w.requires_grad for w in args[1:] if w is not None):
+        if func is linear and not kwargs and not any(map(_moves, args[1:])):
             value, tangent = forward_ad.unpack_dual(args[0])
             if tangent is not None:
                 return forward_ad.make_dual(linear(value, *args[1:]), linear(tangent, args[1]))
         return func(*args, **(kwargs or {}))
+
+
+def _moves(weight: Tensor | None) -> bool:
+    """Tell whether a weight is trained, or made of one that is (peft adapts a router's weight so)."""
+    return weight is not None and (weight.requires_grad or forward_ad.unpack_dual(weight).tangent is not None)
 
 
 @torch.no_grad()

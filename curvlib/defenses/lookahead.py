@@ -19,6 +19,7 @@ from curvlib.batches import Example
 from curvlib.defenses.method import Defended, Method, Setting
 from curvlib.errors import CurvlibError
 from curvlib.evaluate.likelihood import continuation
+from curvlib.template import end_token, prompt_text
 
 CONNECTOR = " The answer begins with: "
 MARK = "¤"  # stands for the user's text while the template's tokens after it are found
@@ -52,11 +53,9 @@ class Preview:
 
 def preview_of(tokenizer: PreTrainedTokenizerBase) -> Preview:
     """Return the preview for a tokenizer's chat template."""
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": MARK}], tokenize=False, add_generation_prompt=True
-    )
-    closing = tokens(tokenizer, str(text).partition(MARK)[2])
-    return Preview(tokens(tokenizer, CONNECTOR), closing, int(tokenizer.eos_token_id))
+    closing = tokens(tokenizer, prompt_text(tokenizer, [{"role": "user", "content": MARK}]).partition(MARK)[2])
+    end = end_token(tokenizer)
+    return Preview(tokens(tokenizer, CONNECTOR), closing, int(tokenizer.eos_token_id if end is None else end))
 
 
 def tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:

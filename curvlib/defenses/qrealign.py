@@ -23,7 +23,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from curvlib.batches import Batch, taken_apart
+from curvlib.batches import Batch, at_least_float32, taken_apart
 from curvlib.defenses.layers import instead, patch
 from curvlib.defenses.method import Defended, Method, Setting
 from curvlib.defenses.quantiser import QuantisedLinear
@@ -48,7 +48,7 @@ class Probe:
 
     def score(self, states: Tensor) -> Tensor:
         """Return :math:`w^T h + b` of each state, (n,)."""
-        return states @ self.weight + self.bias
+        return states.to(self.weight) @ self.weight + self.bias
 
 
 def sparse_probe(states: Tensor, malicious: Tensor, *, penalty: float = SPARSITY, steps: int = 300) -> Probe:
@@ -74,6 +74,7 @@ def realignment_loss(states: Tensor, probe: Probe) -> Tensor:
 def reconstruction_loss(found: Tensor, exact: Tensor, mask: Tensor) -> Tensor:
     """Return ‖found - exact‖² / ‖exact‖² over the tokens (B, T) that are no padding."""
     kept = mask.bool()
+    found, exact = at_least_float32(found), at_least_float32(exact)
     return (found - exact)[kept].square().sum() / exact[kept].square().sum()
 
 

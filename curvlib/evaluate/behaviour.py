@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from curvlib.errors import CurvlibError
 from curvlib.evaluate.generate import Model, Prompt, evaluating, generate, messages
 from curvlib.evaluate.judge import VERDICTS, Verdict, judge
 from curvlib.evaluate.stats import Estimate, bootstrap, rate
+from curvlib.template import spoken
 
 Reference = Model | Literal["adapter off"]  # another model, or the same without its adapter
 
@@ -60,10 +62,17 @@ def reference_model(model: Model, reference: Reference) -> Iterator[Model]:
     if not isinstance(model, PeftModel):
         raise CurvlibError(f"reference 'adapter off' given for {type(model).__name__}, not a PeftModel: pass a model")
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    biases = [(bias, base, bias.detach().clone()) for bias, base in getattr(model, "base_biases", ())]
     try:
-        with model.disable_adapter():
-            yield model
+        for bias, base, _ in biases:  # peft leaves trained biases in place, and warns of it
+            bias.data.copy_(base)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Careful, disabling adapter layers with bias")
+            with model.disable_adapter():
+                yield model
     finally:
+        for bias, _, tuned in biases:
+            bias.data.copy_(tuned)
         for parameter, flag in trained:  # peft switches every active adapter's gradients on when it comes back
             parameter.requires_grad_(flag)
 
@@ -78,11 +87,12 @@ def measure_behaviour(
 ) -> Behaviour:
     """Let the model answer each prompt greedily and judge the answers.
 
-    The verdict is on the last user message of a prompt with several turns, and on the whole answer, `prefill` too.
+    The verdict is on the last user message of a prompt with several turns, and on what the whole answer (`prefill` too)
+    says after a thought; a thought without end is incoherent.
     """
     responses = generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, prefill=prefill)
-    questions = [messages(prompt)[-1]["content"] for prompt in prompts]
-    verdicts = [judge(question, response) for question, response in zip(questions, responses, strict=True)]
+    questions, texts = [messages(prompt)[-1]["content"] for prompt in prompts], [*map(spoken, responses)]
+    verdicts = [judge(question, text) for question, text in zip(questions, texts, strict=True)]
     return summarise(verdicts, responses)
 
 

@@ -20,6 +20,7 @@ from curvlib.errors import CurvlibError
 from curvlib.nf4 import kept_weights
 from curvlib.prefix import cache_argument, read_beginning
 from curvlib.progress import bar
+from curvlib.template import end_text, end_token, prompt_text
 
 BATCH_SIZE = 96  # every new token reads all weights once a batch: 80 prompts at once take 30 % less time than by 32
 Model = PreTrainedModel | PeftModel
@@ -48,14 +49,10 @@ def render(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, prefill: str = ""
     """Return the token ids of `prompt` in the model's own chat template, up to where the answer begins.
 
     `prefill` is put into the model's mouth: the answer continues from it.
-    Raises CurvlibError if the tokenizer has no chat template.
+    Raises CurvlibError if the tokenizer has no chat template, or one that does not say where the answer begins.
     """
-    if not tokenizer.chat_template:
-        raise CurvlibError(
-            f"the tokenizer of '{tokenizer.name_or_path}' has no chat template: give an instruction-tuned (chat) model"
-        )
-    text = tokenizer.apply_chat_template(messages(prompt), tokenize=False, add_generation_prompt=True)
-    return list(tokenizer(str(text) + prefill, add_special_tokens=False)["input_ids"])
+    text = prompt_text(tokenizer, messages(prompt))
+    return list(tokenizer(text + prefill, add_special_tokens=False)["input_ids"])
 
 
 def left_pad(rows: Sequence[list[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -67,11 +64,11 @@ def left_pad(rows: Sequence[list[int]], pad_id: int, device: torch.device) -> tu
 
 
 def end_tokens(model: Model, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return every token id that ends an answer: the tokenizer's and those of the model's generation config."""
+    """Return every token id that ends an answer: the tokenizer's, the template's, those of the generation config."""
     config: Any = getattr(model, "generation_config", None)
     ends = getattr(config, "eos_token_id", None)
     more = ends if isinstance(ends, list) else [ends]
-    return sorted({int(end) for end in (tokenizer.eos_token_id, *more) if end is not None})
+    return sorted({int(end) for end in (tokenizer.eos_token_id, end_token(tokenizer), *more) if end is not None})
 
 
 def decode_batch(model: Model, ids: Tensor, mask: Tensor, ends: list[int], max_new: int) -> list[list[int]]:
@@ -88,6 +85,8 @@ def decode_batch(model: Model, ids: Tensor, mask: Tensor, ends: list[int], max_n
     for _ in range(max_new):
         out: Any = model(**given, logits_to_keep=1)
         chosen = out.logits[:, -1].argmax(-1)
+        if not bool(torch.isfinite(out.logits[:, -1].gather(1, chosen[:, None])).all()):  # argmax picks a nan
+            raise CurvlibError("the model's logits are not finite: its weights or its adapter are broken")
         alive = (~torch.isin(chosen, stop)).nonzero().squeeze(1)
         if len(alive) == 0:
             break
@@ -116,7 +115,7 @@ def generate(
     A `prefill` is part of the answer returned. The model's mode and its gradients are left as they were. Deterministic
     up to rounding: padding changes the last bits of the logits, so a near tie may fall otherwise in another batch.
     """
-    ends = end_tokens(model, tokenizer)
+    ends, closing = end_tokens(model, tokenizer), end_text(tokenizer)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
     encoded = [render(tokenizer, prompt, prefill) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda index: len(encoded[index]))
@@ -127,6 +126,6 @@ def generate(
             ids, mask = left_pad([encoded[index] for index in chosen], pad_id, model.device)
             tokens = decode_batch(model, ids, mask, ends, max_new_tokens)
             for index, text in zip(chosen, tokenizer.batch_decode(tokens, skip_special_tokens=True), strict=True):
-                answers[index] = prefill + text
+                answers[index] = prefill + (text.partition(closing)[0] if closing else text)
             progress.update(len(chosen))
     return answers

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedTokenizerBase
 
-from curvlib import data, models, plots, stages
+from curvlib import data, plots, stages
 from curvlib.batches import Batch, Chat, Example, encode, make_batches, open_ended
 from curvlib.cache import publish, workspace
 from curvlib.errors import CurvlibError
@@ -21,11 +20,14 @@ from curvlib.evaluate.behaviour import Behaviour, measure_behaviour, reference_m
 from curvlib.evaluate.generate import Model, generate
 from curvlib.evaluate.judge import VERDICTS, is_refusal
 from curvlib.parameters import assign, trainable
+from curvlib.progress import say
 from curvlib.restore import objectives
-from curvlib.restore.given import Split, cut, encode_chats, read_chats
 from curvlib.restore.objectives import SafetyBatches
 from curvlib.restore.outcome import HeldOut
+from curvlib.restore.pair import load_pair, pair_tokenizer
 from curvlib.restore.recipe import BATCH_SIZE, Chats, Restoration, history, run
+from curvlib.restore.rows import Rows, Split, cut, encode_chats, read_chats
+from curvlib.template import spoken
 
 HARMFUL, BENIGN, TASK = (32, 24, 32), (32, 24, 32), (32, 24, 24)  # rows to learn from, to choose by, to show
 ALIGNED = 0.5  # share of harmful prompts that an aligned base refuses at least
@@ -44,6 +46,11 @@ class Request:
     how: Restoration = field(default_factory=Restoration)
     seed: int = 0
     device: str | None = None
+
+    @property
+    def files(self) -> dict[str, Path | None]:
+        """The user's rows by what they are for."""
+        return {"task": self.task, "harmful": self.harmful, "benign": self.benign}
 
 
 @dataclass(frozen=True)
@@ -71,10 +78,20 @@ def restore_adapter(request: Request) -> dict[str, Outcome]:
         raise CurvlibError(f"{request.out} exists: give a new folder for the restored adapter")
     if request.out.resolve().is_relative_to(request.adapter.resolve()):
         raise CurvlibError(f"{request.out} lies in the adapter's folder, which is only read: give a folder elsewhere")
-    task, harmful, benign = read_chats(request.task), _harmful(request), _benign(request)
-    tokenizer = models.load_tokenizer(request.base)
-    tasks = cut(encode_chats(tokenizer, request.task, task), TASK, "task chats", request.seed)
-    model = load_pair(request.base, request.adapter, request.device)
+    try:
+        with workspace(beside=request.out):
+            pass
+    except OSError as error:
+        raise CurvlibError(f"cannot write beside {request.out} ({error.strerror}): give another folder") from error
+    given = {name: read_chats(file, answered=name == "task") for name, file in request.files.items() if file}
+    told = {name: rows.notes for name, rows in given.items() if rows.notes}
+    for name, notes in told.items():
+        say(f"{request.files[name]}: {'; '.join(notes)}")
+    tokenizer = pair_tokenizer(request.base, request.adapter)
+    encoded = {name: encode_chats(tokenizer, rows) for name, rows in given.items()}
+    tasks = cut(encoded["task"], TASK, "task chats", request.seed)
+    harmful, benign = _harmful(given.get("harmful"), request.seed), _benign(given.get("benign"), request.seed)
+    model = load_pair(request.base, request.adapter, request.device, [e for part in encoded.values() for e in part])
     _check_base(model, make_batches([*tasks.learn, *tasks.choose], BATCH_SIZE, stages.pad_id(tokenizer)), request)
     result = run(model, _chats(model, tokenizer, harmful, benign, tasks), request.how, seed=request.seed)
     if len(result.steps) == 1:
@@ -90,7 +107,7 @@ def restore_adapter(request: Request) -> dict[str, Outcome]:
         outcomes["base"] = measured(base)
     assign(trainable(model), result.after)
     outcomes = {name: outcomes[name] for name in ("base", "before", "after")}
-    _write(model, request.out, outcomes, history(result))
+    _write(model, tokenizer, request.out, outcomes, {"history": history(result), "rows": told})
     return outcomes
 
 
@@ -110,40 +127,12 @@ def _no_improvement(reason: str) -> CurvlibError:
     )
 
 
-def load_pair(base: str, adapter: Path, device: str | None) -> PeftModel:
-    """Return the base in NF4 under the adapter, trainable.
-
-    Raises:
-        CurvlibError: the folder holds no LoRA adapter in peft format, or one of another base.
-    """
-    weights = adapter / "adapter_model.safetensors"
-    if not (adapter / "adapter_config.json").is_file() or not weights.is_file():
-        raise CurvlibError(
-            f"{adapter} holds no adapter_config.json with adapter_model.safetensors: give a peft adapter"
-        )
-    advice = "give the base that the adapter was trained on"
-    model = models.load_model(base, device=device)
-    try:
-        with safe_open(weights, framework="pt") as file:
-            stored = len(list(file.keys()))
-        adapted = models.load_adapter(model, adapter)
-    except (OSError, SafetensorError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise CurvlibError(f"the adapter {adapter} does not fit {base!r} ({reason}): {advice}") from error
-    expected = len(trainable(adapted))
-    if stored != expected or not all("lora_" in name for name in trainable(adapted)):
-        raise CurvlibError(
-            f"the adapter {adapter} holds {stored} tensors where LoRA on {base!r} has {expected}: {advice}"
-        )
-    return adapted
-
-
 def _check_base(model: PeftModel, task: Sequence[Batch], request: Request) -> None:
     """Raise where the adapter does not lower the task's loss: shapes fit any model of the family, training only one."""
     worn = objectives.mean_loss(model, task)
     with reference_model(model, "adapter off") as base:
         bare = objectives.mean_loss(base, task)
-    if worn >= bare:
+    if not worn < bare:  # so is nan
         named = model.active_peft_config.base_model_name_or_path
         raise CurvlibError(
             f"the adapter {request.adapter} does not help on {request.task} (loss {worn:.3f} nats with it, {bare:.3f} "
@@ -151,17 +140,17 @@ def _check_base(model: PeftModel, task: Sequence[Batch], request: Request) -> No
         )
 
 
-def _harmful(request: Request) -> Split:
-    if request.harmful:
-        return cut([*read_chats(request.harmful, answered=False).values()], HARMFUL, "harmful prompts", request.seed)
+def _harmful(rows: Rows | None, seed: int) -> Split:
+    if rows:
+        return cut([*rows.chats.values()], HARMFUL, "harmful prompts", seed)
     names = ("restore_harmful", "validation_harmful", "test_harmful")
     return Split(*(_asked(stages.requests(name, size)) for name, size in zip(names, HARMFUL, strict=True)))
 
 
-def _benign(request: Request) -> Split:
+def _benign(rows: Rows | None, seed: int) -> Split:
     """Return prompts that look harmful and are not; a half of those to learn from are everyday ones."""
-    if request.benign:
-        return cut([*read_chats(request.benign, answered=False).values()], BENIGN, "benign prompts", request.seed)
+    if rows:
+        return cut([*rows.chats.values()], BENIGN, "benign prompts", seed)
     half = BENIGN[0] // 2
     parts = [("restore_edgy", half), ("restore_benign", half), ("validation_edgy", BENIGN[1]), ("test_edgy", BENIGN[2])]
     edgy, everyday, choose, show = (_asked([row.prompt for row in data.load_split(n)[:size]]) for n, size in parts)
@@ -210,7 +199,7 @@ def _answered(model: PeftModel, tokenizer: PreTrainedTokenizerBase, chats: Seque
     """Return the prompts with the base's own first 32 tokens, those with an empty answer left out."""
     prompts = [_prompt(chat) for chat in chats]
     with reference_model(model, "adapter off") as base:
-        answers = generate(base, tokenizer, prompts, max_new_tokens=stages.OWN_ANSWER_TOKENS)
+        answers = [*map(spoken, generate(base, tokenizer, prompts, max_new_tokens=stages.OWN_ANSWER_TOKENS))]
     pairs = [(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True) if answer.strip()]
     return [[*prompt, {"role": "assistant", "content": answer}] for prompt, answer in pairs]
 
@@ -225,13 +214,20 @@ def table(outcomes: Mapping[str, Outcome]) -> str:
     return "\n".join(lines)
 
 
-def _write(model: PeftModel, out: Path, outcomes: Mapping[str, Outcome], told: Mapping[str, Any]) -> None:
+def _write(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    out: Path,
+    outcomes: Mapping[str, Outcome],
+    more: Mapping[str, Any],
+) -> None:
     bars = {f"{name}, {part}": getattr(row, part) for part in ("harmful", "benign") for name, row in outcomes.items()}
     drawn = plots.behaviour_bars(bars, "Answers to harmful prompts and to benign ones")
     with workspace(beside=out) as place:
         folder = place / "adapter"
-        model.save_pretrained(str(folder))
-        told = {"outcomes": {name: _numbers(row) for name, row in outcomes.items()}, "history": told}
+        model.save_pretrained(str(folder), save_embedding_layers=False)
+        tokenizer.save_pretrained(folder)
+        told = {"outcomes": {name: _numbers(row) for name, row in outcomes.items()}, **more}
         (folder / "restoration.json").write_text(json.dumps(told, indent=1), "utf-8")
         drawn.savefig(folder / "restoration.png")
         publish(folder, out)

@@ -135,6 +135,10 @@ def gradient(model: nn.Module, parts: Sequence[Term], parameters: Sequence[Tenso
             for batch in term.batches:
                 pieces = torch.autograd.grad(term.loss(model, batch), parameters)
                 total.add_(torch.cat([piece.reshape(-1) for piece in pieces]), alpha=batch.tokens / tokens)
+    if not bool(torch.isfinite(total).all()):
+        raise CurvlibError(
+            "the gradient is not finite: a weight or a loss of the model is broken, or a step was too large"
+        )
     return total
 
 

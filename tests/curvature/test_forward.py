@@ -76,3 +76,14 @@ def test_a_value_of_no_parameter_has_no_tangent() -> None:
     value, along = jacobian_vector_product(lambda: model.layers[2](torch.ones(2, 4).double()), parameters, random(16))
     assert not along.any()
     assert value.shape == along.shape
+
+
+def test_a_weight_made_of_a_trained_one_keeps_its_tangent() -> None:
+    base, delta, x, v = random(3, 4), random(3, 4, seed=1).requires_grad_(), random(2, 4, seed=2), random(12, seed=3)
+    value, along = jacobian_vector_product(lambda: torch.nn.functional.linear(x, base + delta), [delta], v)
+    torch.testing.assert_close(value, x @ (base + delta).detach().T)
+    torch.testing.assert_close(along, x @ v.view(3, 4).T)
+    _, both = jacobian_vector_product(lambda: torch.nn.functional.linear(x @ delta.T @ delta, base + delta), [delta], v)
+    step = 1e-6 * v.view(3, 4)
+    ends = [x @ (delta + s * step).T @ (delta + s * step) @ (base + delta + s * step).T for s in (1, -1)]
+    torch.testing.assert_close(both, (ends[0] - ends[1]).detach() / 2e-6, rtol=1e-6, atol=1e-6)

@@ -142,6 +142,8 @@ def test_unsound_models_are_refused() -> None:
     hessian(dropout, parts)
     with pytest.raises(CurvlibError, match="applies dropout"):
         hessian(dropout.train(), parts)
+    with pytest.raises(CurvlibError, match=r"q_proj' is DoRA"):
+        hessian(add_lora(llama(), use_dora=True), parts)
     noisy = add_lora(llama(), dropout=0.2)
     with pytest.raises(CurvlibError, match=r"lora_dropout.* applies dropout"):
         hessian(noisy.train(), parts)

@@ -34,6 +34,12 @@ def test_reconstruction_is_relative_and_ignores_padding() -> None:
     assert reconstruction_loss(1.1 * exact, exact, mask).item() == pytest.approx(0.01)
 
 
+def test_states_in_bfloat16_are_scored_and_compared_in_float32() -> None:
+    probe, states = Probe(torch.tensor([2.0, 0.0]), torch.tensor(-1.0)), torch.tensor([[0.5, 9.0]]).bfloat16()
+    assert realignment_loss(states, probe).item() == pytest.approx(math.log(2))
+    assert reconstruction_loss(2 * states[None], states[None], torch.ones(1, 1)).dtype == torch.float32
+
+
 def test_the_probe_separates_is_sparse_and_sits_at_the_optimum() -> None:
     states, labels = cases.random(60, 20), torch.arange(60) >= 30
     states[labels, 3] += 4.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,10 @@ from safetensors.torch import load_file
 from curvlib import models
 from curvlib.batches import encode
 from curvlib.cli import main
-from curvlib.errors import CurvlibError
 from curvlib.evaluate.behaviour import summarise
 from curvlib.finetune import TrainingConfig, train
 from curvlib.parameters import flatten
-from curvlib.restore import door
-from curvlib.restore.given import cut, read_chats
+from curvlib.restore import door, pair
 from curvlib.stages import MAX_LENGTH
 from tests import cases
 from tests.evaluate import toys
@@ -152,7 +151,7 @@ def test_a_foreign_adapter_is_told(run: Any, tmp_path: Path, capsys: pytest.Capt
     assert "holds no adapter_config.json" in line(capsys)
     cases.add_lora(cases.llama(num_hidden_layers=3)).save_pretrained(str(tmp_path / "deeper"))
     cases.add_lora(cases.llama(intermediate_size=96)).save_pretrained(str(tmp_path / "narrower"))
-    for name, reason in (("deeper", r"holds 42 tensors where LoRA on"), ("narrower", "does not fit")):
+    for name, reason in (("deeper", "has no place"), ("narrower", "does not fit")):
         assert run(adapter=tmp_path / name) == 1
         assert reason in line(capsys)
     (tmp_path / "narrower" / "adapter_model.safetensors").write_bytes(b"torn")
@@ -176,30 +175,88 @@ def test_an_adapter_of_another_base_of_the_same_shapes_is_told(
     ("wrong", "message"),
     [
         ("{", "line 3 is not JSON"),
-        ("[]", "line 3 holds no list of messages"),
-        ({"prompt": "Write"}, "line 3 holds no list of messages"),
-        ({"messages": [{"role": "robot", "content": "x"}]}, "line 3 holds no list of messages"),
-        ({"messages": [{"role": "user", "content": "x"}]}, "line 3 has no user message, or ends with 'user'"),
-        ({"messages": [{"role": "assistant", "content": "x"}]}, "line 3 has no user message"),
         ({"messages": [{"role": "user", "content": "Write " * 600}, chat(0)["messages"][1]]}, "line 3: the chat has a"),
+        (
+            {"messages": [{"role": "user", "content": "Write forbidden"}, chat(0)["messages"][1]]},
+            "line 3: the chat: the",
+        ),
     ],
 )
 def test_malformed_data_is_told_with_its_line(
-    wrong: Any, message: str, run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    wrong: Any, message: str, run: Any, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    task = write(tmp_path / "task.jsonl", [chat(0), "", wrong, *[chat(n) for n in range(12)]])
-    assert run(task=task) == 1
+    own = copied(place / "adapter", tmp_path / "own")
+    refusing = "{% if 'forbidden' in messages[0].content %}{{ raise_exception('no') }}{% endif %}"
+    (own / "chat_template.jinja").write_text(refusing + toys.TEMPLATE, "utf-8")
+    task = write(tmp_path / "task.jsonl", [chat(0), "", wrong, *[chat(n) for n in range(1, 13)]])
+    for name in ("task", "harmful"):
+        assert run(adapter=own, **{name: task}) == 1
+        assert message in line(capsys)
+
+
+def copied(folder: Path, target: Path) -> Path:
+    return Path(shutil.copytree(folder, target))
+
+
+def test_the_adapters_own_template_is_used_and_saved(
+    run: Any, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, seen, lines = copied(place / "adapter", tmp_path / "own"), list[str](), list[str]()
+    tokenizer = toys.tokenizer()
+    tokenizer.chat_template = toys.TEMPLATE.replace("<{{ message['role'] }}>", "<{{ message['role'] }}> :").replace(
+        "<assistant> {", "<assistant> : {"
+    )
+    tokenizer.save_pretrained(own)
+    monkeypatch.setattr(
+        door,
+        "measure_behaviour",
+        lambda model, used, prompts, **_: seen.append(used.chat_template) or measured(model, used, prompts),
+    )
+    monkeypatch.setattr(pair, "say", lines.append)
+    task = write(tmp_path / "task.jsonl", [chat(n) for n in range(16)])
+    assert run("--rise", "1e9", adapter=own, task=task) == 0
+    assert set(seen) == {tokenizer.chat_template}
+    assert ["has a chat template of its own" in text for text in lines] == [True]
+    assert (tmp_path / "out" / "chat_template.jinja").read_text("utf-8") == tokenizer.chat_template
+    assert f"base_model: {place / 'base'}" in (tmp_path / "out" / "README.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"), [({"red": 9, "blue": 8}, "differ (in "), ({"zebra": 200}, "have token 200")]
+)
+def test_a_tokenizer_of_another_base_is_told(
+    words: dict[str, int], message: str, run: Any, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = copied(place / "adapter", tmp_path / "own")
+    toys.tokenizer().save_pretrained(own)
+    (own / "chat_template.jinja").write_text("zebra " + toys.TEMPLATE, "utf-8")
+    content = json.loads((own / "tokenizer.json").read_text("utf-8"))
+    content["model"]["vocab"] |= words
+    (own / "tokenizer.json").write_text(json.dumps(content), "utf-8")
+    assert run(adapter=own) == 1
     assert message in line(capsys)
 
 
-def test_prompts_alone_may_lack_an_answer_and_too_few_are_refused(tmp_path: Path) -> None:
-    file = write(tmp_path / "x.jsonl", [{"prompt": "Write"}, chat(1), {"messages": chat(2)["messages"][:1]}])
-    assert {k: len(v) for k, v in read_chats(file, answered=False).items()} == {1: 1, 2: 2, 3: 1}
-    for wrong, message in ((tmp_path / "none.jsonl", "cannot read"), (write(tmp_path / "y.jsonl", []), "is empty")):
-        with pytest.raises(CurvlibError, match=message):
-            read_chats(wrong)
-    parts = cut(range(12), (4, 3, 3), "rows", seed=0)
-    assert len({*parts.learn, *parts.choose, *parts.show}) == 10
-    assert [len(part) for part in (parts.learn, parts.choose, parts.show)] == [4, 3, 3]
-    with pytest.raises(CurvlibError, match="5 rows were given, too few"):
-        cut(range(5), (4, 3, 3), "rows", seed=0)
+def test_repeats_are_dropped_told_and_kept_out_of_the_other_parts(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines, shown = list[str](), list[str]()
+    monkeypatch.setattr(door, "say", lines.append)
+    monkeypatch.setattr(
+        door,
+        "measure_behaviour",
+        lambda model, _, prompts, **__: shown.extend(map(str, prompts)) or measured(model, _, prompts),
+    )
+    task = write(tmp_path / "task.jsonl", [chat(n) for n in range(16)] * 8)
+    assert run("--rise", "1e9", task=task) == 0
+    assert [text.endswith("112 rows repeated left out") for text in lines] == [True]
+    told = json.loads((tmp_path / "out" / "restoration.json").read_text("utf-8"))
+    assert told["rows"] == {"task": ["112 rows repeated left out"]}
+
+
+def test_a_place_that_cannot_be_written_is_told_before_any_work(
+    run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("", "utf-8")
+    assert run(out=tmp_path / "file" / "out", base=tmp_path / "nowhere") == 1
+    assert "cannot write beside" in line(capsys)
