@@ -82,8 +82,7 @@ def handwritten() -> dict[str, Images]:
     x, y = load_digits(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(y))
     whole = Images(torch.tensor(x[order] / 8 - 1, dtype=torch.float32).view(-1, 1, 8, 8), torch.tensor(y[order]))
-    first, second = int(0.6 * len(y)), int(0.8 * len(y))
-    parts = {"train": slice(first), "held_out": slice(first, second), "test": slice(second, None)}
+    parts = {"train": slice(1078), "held_out": slice(1078, 1437), "test": slice(1437, None)}
     return {name: whole.rows(part) for name, part in parts.items()}
 
 
@@ -114,10 +113,7 @@ def sample(denoiser: nn.Module, digits: Tensor, seed: int = 0, steps: int = 25) 
 def training(
     denoiser: nn.Module, images: Images, steps: int, seed: int, rate: float = 3e-4, batch: int = 32, decay: bool = False
 ) -> Iterator[int]:
-    """Train what requires a gradient with Adam; yield the number of steps done after each.
-
-    ``decay`` warms the learning rate up over 50 steps and lets it fall to zero along a cosine.
-    """
+    """Train what is trainable with Adam, yield the steps done; ``decay``: warm-up over 50 steps, then a cosine to 0."""
     parameters, generator = list(trainable(denoiser).values()), torch.Generator().manual_seed(seed)
     optimiser = torch.optim.Adam(parameters, lr=rate)
     for step in range(steps):
@@ -157,17 +153,15 @@ def cached(stage: str, config: Mapping[str, Any], module: ModuleT, train: Callab
 
 def require_second_derivative(model: nn.Module) -> None:
     """Raise CurvlibError if a layer has diffusers' fused attention, which cannot be differentiated twice on a CPU."""
-    attention = {name: layer for name, layer in model.named_modules() if isinstance(layer, Attention)}
-    fused = [name for name, layer in attention.items() if type(layer.processor) is not AttnProcessor]
-    if fused:
-        advice = "call set_processor(AttnProcessor()) on each layer, or build the model with add_attention=False"
-        raise CurvlibError(f"{fused[0]} has fused attention, which has no second derivative on a CPU: {advice}")
+    advice = "call set_processor(AttnProcessor()) on each layer, or build the model with add_attention=False"
+    for name, layer in model.named_modules():
+        if isinstance(layer, Attention) and type(layer.processor) is not AttnProcessor:
+            raise CurvlibError(f"{name} has fused attention, which has no second derivative on a CPU: {advice}")
 
 
 def junk(images: Images, n: int, generator: torch.Generator) -> Tensor:
     """Return 7 n images (7n, 1, 8, 8) of no digit, n of each kind."""
-    low = torch.tensor([0.3, 0.35, 0.7, -0.2, -1.0]).view(5, 1, 1, 1, 1)
-    width = torch.tensor([1.0, 0.3, 0.6, 0.6, 2.0]).view(5, 1, 1, 1, 1)
+    low, width = torch.tensor([[0.3, 0.35, 0.7, -0.2, -1.0], [1.0, 0.3, 0.6, 0.6, 2.0]]).view(2, 5, 1, 1, 1, 1)
     loud, share, noise, light, grey = low + width * torch.rand(5, n, 1, 1, 1, generator=generator)
     normal = torch.randn(3, n, 1, 8, 8, generator=generator)
     a, b, c, d, e = (images.draw(n, generator) for _ in range(5))
@@ -206,7 +200,7 @@ def train_judge(judge: nn.Module, steps: int) -> None:
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     r"""Return :math:`|\mu_a-\mu_b|^2 + \operatorname{tr}(C_a + C_b - 2(C_a C_b)^{1/2})` of two samples (n, k).
 
-    Biased upwards for small n: compare it at equal n only. Source: Heusel et al., arXiv 1706.08500.
+    Biased upwards for small n, so compare it at equal n. Source: Heusel et al., arXiv 1706.08500.
     """
     a, b = a.double(), b.double()
     values, vectors = torch.linalg.eigh(torch.cov(a.T))
@@ -223,11 +217,9 @@ def digit_rate(denoiser: nn.Module, judge: nn.Module, digit: int, n: int = 100, 
 
 
 @torch.no_grad()
-def quality(
-    denoiser: nn.Module, judge: nn.Sequential, digit: int, each: int = 20, seed: int = 0
-) -> tuple[float, float]:
+def quality(denoiser: nn.Module, judge: nn.Sequential, digit: int, seed: int = 0) -> tuple[float, float]:
     """Return the share of the nine other digits that is right, and their Fréchet distance to real ones."""
-    others = torch.tensor([other for other in range(10) if other != digit]).repeat_interleave(each)
+    others = torch.tensor([other for other in range(10) if other != digit]).repeat_interleave(20)
     images, real = sample(denoiser, others, seed), handwritten()["train"]
     accuracy = float((judge(images).argmax(1) == others).float().mean())
     return accuracy, frechet_distance(judge[:-1](images), judge[:-1](real.x[real.y != digit]))

@@ -131,10 +131,7 @@ def matched(curvature: Operator, gradient: Tensor, reach: float, products: int =
 
 
 def released(curvature: Operator, gradient: Tensor, reach: float, terms: int = 5) -> Tensor:  # noqa: ARG001  a Rule
-    r"""Return ResAlign's Richardson terms for :math:`(H + I)^{-1} g`, whatever the reach.
-
-    The step is halved, at most five times, while a term grows (the code looks at the mean over tensors); else zeros.
-    """
+    r"""Return ResAlign's Richardson terms for :math:`(H + I)^{-1} g`, with a step that is halved while a term grows."""
     for step in (0.5**halvings for halvings in range(6)):
         v, term = gradient, gradient
         for _ in range(terms - 1):

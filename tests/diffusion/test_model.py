@@ -128,7 +128,7 @@ def test_the_judge_tells_digits_from_nothing(tmp_path: Path, monkeypatch: pytest
     assert float((answers[len(test.y) :] == NO_DIGIT).float().mean()) > 0.8
     grey = torch.zeros(10, 1, 8, 8)
     assert (judge(grey).argmax(1) == NO_DIGIT).all()
-    accuracy, distance = quality(Knowing(torch.zeros(10)), judge, 4, each=2)  # draws plain grey for every digit
+    accuracy, distance = quality(Knowing(torch.zeros(10)), judge, 4)  # draws plain grey for every digit
     assert accuracy == 0
     with torch.no_grad():
         assert distance > 4 * frechet_distance(judge[:-1](test.x), judge[:-1](handwritten()["train"].x))
