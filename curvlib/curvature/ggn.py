@@ -73,6 +73,20 @@ class GGNOperator(BatchedOperator[BatchT]):
         return ggn_vector_product(partial(self.function, batch), self.parameters, v)
 
 
+class SquaredErrorGGN(BatchedOperator[BatchT]):
+    r"""The Gauss–Newton matrix :math:`\frac2N J^\top J` of the mean squared error over the N numbers of a prediction.
+
+    ``function(batch)`` is the prediction, of any shape. See :class:`~curvlib.curvature.batched.BatchedOperator` for the
+    other arguments. Cost: as for the softmax, about two gradients a product.
+    """
+
+    def batch_product(self, batch: BatchT, v: Tensor) -> Tensor:
+        """Return one batch's G v."""
+        predict = partial(self.function, batch)
+        _, tangent = jacobian_vector_product(predict, self.parameters, v)
+        return vector_jacobian_product(predict, self.parameters, 2 / tangent.numel() * tangent)
+
+
 def ggn(
     model: nn.Module, batches: Sequence[Batch], parameters: Tensors | None = None, *, check: bool = True
 ) -> GGNOperator[Batch]:

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, mse_loss
 
 from curvlib.batches import answer_logits, answer_loss
 from curvlib.curvature import ggn as module
-from curvlib.curvature.ggn import GGNOperator, ggn, softmax_hessian_product
+from curvlib.curvature.ggn import GGNOperator, SquaredErrorGGN, ggn, softmax_hessian_product
 from curvlib.curvature.hessian import HessianOperator
 from curvlib.parameters import flatten, trainable, unflatten
 from tests.cases import MLP, SavedTensors, batches, classification, explicit_gradients, pair, random, relative_error
@@ -56,6 +56,24 @@ def test_network_against_explicit_jacobians() -> None:
     found = GGNOperator(model, parameters, [X[:5], X[5:]], weights=[5, 2]).dense()
     assert relative_error(found, exact) < 1e-10
     assert float(torch.linalg.eigvalsh(found)[0]) > -1e-12
+
+
+def test_linear_least_squares_is_its_own_hessian() -> None:
+    w, target = random(3, 3, seed=1).requires_grad_(), random(7, 3, seed=2)
+    found = SquaredErrorGGN(lambda rows: rows @ w.T, [w], [X]).dense()
+    exact = HessianOperator(lambda rows: mse_loss(rows @ w.T, target), [w], [X]).dense()
+    assert relative_error(found, exact) < 1e-10
+
+
+def test_squared_error_of_a_network_against_explicit_jacobians() -> None:
+    model = MLP()
+    parameters = list(model.parameters())
+    jacobian = explicit_gradients(model(X), parameters)
+    exact = 2 / len(jacobian) * jacobian.T @ jacobian
+    found = SquaredErrorGGN(model, parameters, [X[:5], X[5:]], weights=[5, 2]).dense()
+    assert relative_error(found, exact) < 1e-10
+    bent = HessianOperator(lambda rows: mse_loss(model(rows), torch.zeros(7, 3, dtype=X.dtype)), parameters, [X])
+    assert relative_error(found, bent.dense()) > 1e-2  # away from a perfect fit the Hessian is another matrix
 
 
 def plain_product(twin: Any, v: Tensor) -> Tensor:
