@@ -93,20 +93,21 @@ class Exercise:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a check found: points earned of so many, and one line."""
+    """What a check found: points earned of so many, and one line. It is true where all were earned."""
 
     name: str
     earned: int
     points: int
     message: str
 
-    @property
-    def passed(self) -> bool:
-        """Whether all points were earned."""
+    def __bool__(self) -> bool:
         return self.earned == self.points
 
     def __str__(self) -> str:
-        return f"{'✔' if self.passed else '✘'} {self.name}: {self.message}"
+        return f"{'✔' if self else '✘'} {self.name}: {self.message}"
+
+    def _ipython_display_(self) -> None:
+        """Show nothing at the end of a cell, where check has printed the line."""
 
 
 REGISTRY: dict[str, Exercise] = {}
@@ -171,14 +172,14 @@ def describe(error: BaseException, name: str) -> str:
     return f"{type(error).__name__}: {text}{place}"
 
 
-def check(answer: Callable[..., Any]) -> bool:
-    """Check the answer to the exercise of its name, print one line, and return whether it is right."""
+def check(answer: Callable[..., Any]) -> Verdict:
+    """Check the answer to the exercise of its name and print one line; the verdict is true if all is right."""
     name = getattr(answer, "__name__", repr(answer))
     if name not in load():
         raise CurvlibError(f"no exercise is called {name}: give the function itself, one of {', '.join(REGISTRY)}")
     LAST[name] = assess(name, Answer(answer))
     print(LAST[name])
-    return LAST[name].passed
+    return LAST[name]
 
 
 def score(notebook: str) -> None:

@@ -20,21 +20,25 @@ class Ridge(Probe):
         self.y = self.x @ randn(generator, 3) + 0.5 * randn(generator, n)
         self.query, self.target = randn(generator, 3), 3 * randn(generator, 1)[0]
 
-    def weights(self, rows: Sequence[int]) -> Tensor:
-        """The fit to these rows; the sums are divided by n whatever their number."""
-        x, y, n = self.x[list(rows)], self.y[list(rows)], len(self.x)
-        weights: Tensor = torch.linalg.solve(x.T @ x / n + self.lam * torch.eye(3).double(), x.T @ y / n)
+    def weights(self, share: Tensor) -> Tensor:
+        """One fit for each row of shares (fits, n); the sums are divided by n whatever the shares are."""
+        H = torch.einsum("fn,np,nq->fpq", share, self.x, self.x) / len(self.x) + self.lam * torch.eye(3).double()
+        weights: Tensor = torch.linalg.solve(H, (share * self.y) @ self.x / len(self.x))
         return weights
+
+    def losses(self, share: Tensor) -> Tensor:
+        """The query's loss after each fit."""
+        return (self.weights(share) @ self.query - self.target) ** 2 / 2
 
     def __call__(self, rows: Sequence[int]) -> Tensor:
         """The query's loss after a fit to these rows."""
         self.log.append(len(rows))
-        return (self.query @ self.weights(rows) - self.target) ** 2 / 2
+        return self.losses(torch.bincount(torch.tensor(rows), minlength=len(self.x)).double()[None])[0]
 
     def effects(self) -> Tensor:
         """Of each row: the query's loss with it minus the loss without it, by fitting again."""
-        everything = range(len(self.x))
-        return torch.stack([self(everything) - self([j for j in everything if j != i]) for i in everything])
+        shares = torch.ones(len(self.x), len(self.x), dtype=torch.float64)
+        return self.losses(shares[:1]) - self.losses(shares - torch.eye(len(self.x)))
 
 
 @exercise(points=3)
@@ -53,7 +57,7 @@ def leave_one_out(answer: Answer, generator: Generator) -> None:
 def influence_scores(answer: Answer, generator: Generator) -> None:
     """Against 200 fits, each with one point left out."""
     fit = Ridge(generator, 200, 0.5)
-    theta, H = fit.weights(range(200)), fit.x.T @ fit.x / 200
+    theta, H = fit.weights(torch.ones(1, 200).double())[0], fit.x.T @ fit.x / 200
     rows = fit.x * (fit.x @ theta - fit.y)[:, None] / 200
     query = (fit.query @ theta - fit.target) * fit.query
     value, real = tensor(answer(rows, query, H, fit.lam), 200), fit.effects()
