@@ -43,9 +43,11 @@ def encode(value: Any) -> Any:
     return {"other": type(value).__name__}
 
 
-def state(argument: Any) -> Any:
-    """What a check may want to know of an argument after a call: a tensor's numbers, a probe's log."""
-    return argument if isinstance(argument, torch.Tensor) else getattr(argument, "log", None)
+def change(before: Any, after: Any) -> Any:
+    """What a check may want to know of an argument after a call: a changed tensor, a probe's log."""
+    if isinstance(after, torch.Tensor):
+        return None if torch.equal(before, after) else after
+    return getattr(after, "log", None)
 
 
 def define(path: Path, kinds: tuple[type, ...]) -> tuple[dict[str, Any], list[str]]:
@@ -93,6 +95,7 @@ def main(seconds: str, kinds: str, notebook: str) -> None:
     null = os.open(os.devnull, os.O_RDWR)
     for descriptor in range(3):
         os.dup2(null, descriptor)
+    print(json.dumps({"loaded": True}), file=replies, flush=True)
     names, remarks = define(Path(notebook), DEFINITIONS + (VALUES if kinds == "values" else ()))
     functions = sorted(name for name, value in names.items() if callable(value))
     print(json.dumps({"functions": functions, "remarks": remarks}), file=replies, flush=True)
@@ -102,8 +105,12 @@ def main(seconds: str, kinds: str, notebook: str) -> None:
         except EOFError:
             return
         try:
+            before = [each.detach().clone() if isinstance(each, torch.Tensor) else None for each in arguments]
             result = names[name](*arguments)
-            reply = {"result": encode(result), "states": [encode(state(argument)) for argument in arguments]}
+            reply = {
+                "result": encode(result),
+                "states": [encode(change(*pair)) for pair in zip(before, arguments, strict=True)],
+            }
         except BaseException as error:
             reply = {"error": type(error).__name__, "message": describe(error, name)}
         print(json.dumps(reply), file=replies, flush=True)

@@ -18,7 +18,8 @@ class Ridge(Probe):
         super().__init__()
         self.lam, self.x = lam, randn(generator, n, 3) * torch.tensor([2.0, 1.0, 0.5])
         self.y = self.x @ randn(generator, 3) + 0.5 * randn(generator, n)
-        self.query, self.target = randn(generator, 3), 3 * randn(generator, 1)[0]
+        self.query = randn(generator, 3)
+        self.target = self.weights(torch.ones(1, n).double())[0] @ self.query + uniform(generator, 1, 2)
 
     def weights(self, share: Tensor) -> Tensor:
         """One fit for each row of shares (fits, n); the sums are divided by n whatever the shares are."""

@@ -27,8 +27,9 @@ def slerp(answer: Answer, generator: Generator) -> None:
     place = basis[:, 0] * (t * omega).cos() + basis[:, 1] * (t * omega).sin()
     require(close(value, place), "at t the angle from the first vector is t times the whole angle")
     require(close(arc(a / 2, b / 2, t), value / 2), "half the lengths changed the angle: divide by both lengths")
+    axis = torch.eye(5, dtype=torch.float64)[integer(generator, 0, 4)]  # its cosine with itself is 1 to the last bit
     try:
-        parallel = close(arc(a, a, 0.5), a)
+        parallel = close(arc(axis, 2 * axis, 0.5), 1.5 * axis)
     except Exception:  # not finite, or a division by zero
         parallel = False
     require(parallel, "parallel vectors have sin Ω = 0: take the straight line there", earned=2)

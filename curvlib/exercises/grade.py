@@ -25,7 +25,9 @@ import torch
 from curvlib.errors import CurvlibError
 from curvlib.exercises.core import Answer, LostError, Probe, RemoteError, Verdict, assess, load
 
-LARGEST = 50_000_000  # bytes of one reply
+LOADING = 120  # seconds to import torch, which is not the learner's fault
+LARGEST_ZIP = 1_000_000_000  # bytes when unpacked
+LARGEST = 20_000_000  # bytes of one reply
 ROOT = Path(__file__).resolve().parents[2]
 BROKEN = "the file is no notebook: ask for it again"
 GONE = "the submission ended its own process, or its reply could not be read"
@@ -48,9 +50,8 @@ def decode(reply: dict[str, Any]) -> Any:
 class Submission:
     """One notebook in a process of its own, which is started again after an answer was lost."""
 
-    def __init__(self, notebook: Path, seconds: float) -> None:
-        self.notebook, self.seconds = notebook.resolve(), seconds
-        self.folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    def __init__(self, notebook: Path, home: str, seconds: float) -> None:
+        self.notebook, self.home, self.seconds = notebook.resolve(), home, seconds
         self.kinds, slow = "values", []
         try:
             ready = self.start()
@@ -62,19 +63,20 @@ class Submission:
 
     def start(self) -> dict[str, Any]:
         """Start the process and wait until it has read the notebook's definitions."""
-        path, home = os.environ["PATH"], self.folder.name
-        environment = {"PATH": path, "HOME": home, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        environment = {"HOME": self.home, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        environment["PATH"], self.received = os.environ["PATH"], bytearray()
         arguments = [str(int(10 * self.seconds)), self.kinds, str(self.notebook)]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "curvlib.exercises.answers", *arguments],
-            cwd=home,
+            cwd=self.home,
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        return self.reply(self.seconds + 20)  # importing torch is not the learner's fault
+        self.reply(LOADING)
+        return self.reply(self.seconds)
 
     def call(self, name: str, arguments: Sequence[Any]) -> dict[str, Any]:
         """The reply to one call of a function."""
@@ -96,18 +98,19 @@ class Submission:
     def reply(self, seconds: float) -> dict[str, Any]:
         """One line from the process; LostError where it comes too late, is too long or is no JSON."""
         assert self.process.stdout
-        parts, size, end = [b""], 0, time.monotonic() + seconds
-        while not parts[-1].endswith(b"\n"):
+        end = time.monotonic() + seconds
+        while b"\n" not in self.received:
             if not select.select([self.process.stdout], [], [], max(0, end - time.monotonic()))[0]:
                 self.stop()
                 raise LostError(f"no answer within {seconds:.0f} seconds: an endless loop?")
-            parts.append(os.read(self.process.stdout.fileno(), 1 << 20))
-            size += len(parts[-1])
-            if not parts[-1] or size > LARGEST:
+            part = os.read(self.process.stdout.fileno(), 1 << 20)
+            self.received += part
+            if not part or len(self.received) > LARGEST:
                 self.stop()
-                raise LostError(f"the result has more than {LARGEST:,} bytes" if parts[-1] else GONE)
+                raise LostError(f"the result has more than {LARGEST:,} bytes" if part else GONE)
+        line, _, self.received = self.received.partition(b"\n")
         try:
-            reply = json.loads(b"".join(parts))
+            reply = json.loads(line)
             assert isinstance(reply, dict)
         except (ValueError, RecursionError, AssertionError):
             self.stop()
@@ -141,33 +144,36 @@ class RemoteAnswer(Answer):
         copies = copy.deepcopy(arguments)
         try:
             for argument, after in zip(copies, map(decode, reply["states"]), strict=True):
+                if after is None:
+                    continue
                 if isinstance(argument, torch.Tensor):
                     argument.data.copy_(after)
                 elif isinstance(argument, Probe):
                     argument.log = after
             return decode(reply["result"]), copies
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, RecursionError):
+            self.submission.stop()
             raise LostError(GONE) from None
 
 
 def grade(path: Path, names: Sequence[str], seeds: Sequence[int], seconds: float) -> tuple[list[Verdict], list[str]]:
     """The verdict on each exercise of these names, and remarks for the teacher."""
     points = {name: load()[name].points for name in names}
-    try:
-        if not isinstance(json.loads(path.read_bytes())["cells"], list):
-            raise TypeError
-        submission = Submission(path, seconds)
-    except (ValueError, KeyError, TypeError, RecursionError, LostError) as error:
-        why = f"the notebook could not be read: {error}" if isinstance(error, LostError) else BROKEN
-        return [Verdict(name, 0, points[name], f"not graded: {why}") for name in names], [why]
     verdicts = []
-    for name in names:
-        if name in submission.functions:
-            verdicts.append(assess(name, RemoteAnswer(submission, name), seeds))
-        else:
-            verdicts.append(Verdict(name, 0, points[name], "no function of this name was handed in"))
-    submission.stop()
-    submission.folder.cleanup()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as home:
+        try:
+            if not isinstance(json.loads(path.read_bytes())["cells"], list):
+                raise TypeError
+            submission = Submission(path, home, seconds)
+        except (ValueError, KeyError, TypeError, RecursionError, LostError) as error:
+            why = f"the notebook could not be read: {error}" if isinstance(error, LostError) else BROKEN
+            return [Verdict(name, 0, points[name], f"not graded: {why}") for name in names], [why]
+        for name in names:
+            if name in submission.functions:
+                verdicts.append(assess(name, RemoteAnswer(submission, name), seeds))
+            else:
+                verdicts.append(Verdict(name, 0, points[name], "no function of this name was handed in"))
+        submission.stop()
     return verdicts, submission.remarks
 
 
@@ -215,7 +221,7 @@ def unpack(source: Path, folder: Path) -> Path:
     if not zipfile.is_zipfile(source):
         raise CurvlibError(f"{source} is neither a folder nor a zip: give one that holds the submitted notebooks")
     with zipfile.ZipFile(source) as archive:
-        if sum(member.file_size for member in archive.infolist()) > 1 << 30:
-            raise CurvlibError(f"{source} unpacks to more than 1 GB: take out what is no notebook")
+        if sum(member.file_size for member in archive.infolist()) > LARGEST_ZIP:
+            raise CurvlibError(f"{source} unpacks to more than {LARGEST_ZIP:,} bytes: take out what is no notebook")
         archive.extractall(folder)  # zipfile keeps names inside the folder
     return folder
