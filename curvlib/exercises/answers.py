@@ -107,10 +107,8 @@ def main(seconds: str, kinds: str, notebook: str) -> None:
         try:
             before = [each.detach().clone() if isinstance(each, torch.Tensor) else None for each in arguments]
             result = names[name](*arguments)
-            reply = {
-                "result": encode(result),
-                "states": [encode(change(*pair)) for pair in zip(before, arguments, strict=True)],
-            }
+            states = [encode(change(*pair)) for pair in zip(before, arguments, strict=True)]
+            reply = {"result": encode(result), "states": states}
         except BaseException as error:
             reply = {"error": type(error).__name__, "message": describe(error, name)}
         print(json.dumps(reply), file=replies, flush=True)

@@ -8,22 +8,13 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
 from curvlib.errors import CurvlibError
-
-MODULES = (
-    "e00_start_here",
-    "e01_degradation",
-    "e02_curvature",
-    "e03_landscape",
-    "e04_influence",
-    "e05_restoration",
-    "e07_methods",
-)
 
 
 class WrongError(Exception):
@@ -133,8 +124,8 @@ def load(*notebooks: str) -> dict[str, Exercise]:
     >>> "wilson_interval" in load("00")
     True
     """
-    for module in MODULES:
-        importlib.import_module(f"curvlib.exercises.{module}")
+    for path in sorted(Path(__file__).parent.glob("e[0-9]*.py")):
+        importlib.import_module(f"curvlib.exercises.{path.stem}")
     if missing := set(notebooks) - {exercise.notebook for exercise in REGISTRY.values()}:
         known = ", ".join(sorted({exercise.notebook for exercise in REGISTRY.values()}))
         raise CurvlibError(f"no exercises belong to notebook {', '.join(sorted(missing))}: expected one of {known}")

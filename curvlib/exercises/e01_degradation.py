@@ -18,15 +18,13 @@ def answer_loss(answer: Answer, generator: Generator) -> None:
     labels[0, :2], labels[1, :4] = -100, -100
 
     def mean(positions: list[tuple[int, int]], shift: int = 1) -> float:
-        return sum(-float(logits[b, t - shift].log_softmax(0)[labels[b, t].clamp(min=0)]) for b, t in positions) / len(
-            positions
-        )
+        rows = torch.stack([logits[b, t - shift].log_softmax(0) for b, t in positions])
+        return -float(sum(row[labels[at].clamp(min=0)] for row, at in zip(rows, positions, strict=True))) / len(rows)
 
     first, second = [(0, t) for t in range(2, 6)], [(1, t) for t in range(4, 6)]
     value, right = number(answer(logits, labels)), mean(first + second)
-    require(
-        not close(value, mean(first + second, 0)), "logits at t - 1 predict token t: shift logits and labels by one"
-    )
+    late = close(value, mean(first + second, 0))
+    require(not late, "the logits at t - 1 predict token t: shift logits and labels by one")
     averaged = (mean(first) + mean(second)) / 2
     require(not close(value, averaged), "that is a mean over chats: take the mean over all answer tokens of the batch")
     prompts = [(b, t) for b in range(2) for t in range(1, 6)]

@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Generator, Tensor
+from torch.autograd import functional as autograd
 from torch.nn import functional
 
 from curvlib.exercises.core import Answer, Matvec, Probe, close, exercise, hint, number, parts, require, tensor
@@ -28,37 +29,27 @@ class Network(Probe):
         """Mean cross-entropy."""
         return functional.cross_entropy(self.logits(), self.y)
 
-    def gradient(self) -> Tensor:
-        """The loss's gradient, flat."""
-        return torch.cat([part.flatten() for part in torch.autograd.grad(self.loss(), self.params)])
-
-    def moved(self, step: Tensor) -> Tensor:
-        """The gradient at the parameters plus a flat step."""
-        home = [param.detach().clone() for param in self.params]
-        pieces = step.split([param.numel() for param in self.params])
-        for param, piece in zip(self.params, pieces, strict=True):
-            param.data += piece.view_as(param)
-        gradient = self.gradient()
-        for param, start in zip(self.params, home, strict=True):
-            param.data.copy_(start)
-        return gradient
+    def loss_at(self, theta: Tensor) -> Tensor:
+        """The loss as a function of all 35 parameters in one vector."""
+        logits = torch.tanh(self.x @ theta[:20].view(5, 4).T) @ theta[20:].view(3, 5).T
+        return functional.cross_entropy(logits, self.y)
 
 
 @exercise(points=6)
 def hessian_product(answer: Answer, generator: Generator) -> None:
-    """Against central differences of the gradient."""
+    """Against the dense Hessian."""
     net, v = Network(generator), randn(generator, 35)
+    theta = torch.cat([param.detach().flatten() for param in net.params])
+    g, H = autograd.jacobian(net.loss_at, theta), autograd.hessian(net.loss_at, theta)
     with hint("does not require grad", "autograd kept no graph of the first gradient: create_graph=True"):
         raw = answer(net.loss, net.params, v)
-    value, g = tensor(raw, 35), net.gradient()
+    value = tensor(raw, 35)
     require(not close(value, g), "that is the gradient: differentiate gᵀv once more")
     require(not close(value, g * (g @ v)), "g (gᵀv) is the empirical Fisher's product: differentiate gᵀv once more")
     other = tensor(answer(net.loss, net.params, -3 * v), 35)
     require(not close(value, other), "the result does not depend on v: differentiate gᵀv, not gᵀg")
-    step = 1e-5
-    right = (net.moved(step * v) - net.moved(-step * v)) / (2 * step)
-    error = float((value - right).norm() / right.norm())
-    require(error < 1e-5, f"it differs from central differences of the gradient by {error:.0e} of their length")
+    error = float((value - H @ v).norm() / (H @ v).norm())
+    require(error < 1e-6, f"it differs from the dense Hessian's product by {error:.0e} of its length")
     graph = isinstance(raw, Tensor) and raw.requires_grad
     require(not graph, "right, but the result carries a graph: detach it, or memory grows with each product", earned=4)
 

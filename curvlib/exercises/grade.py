@@ -66,14 +66,10 @@ class Submission:
         environment = {"HOME": self.home, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         environment["PATH"], self.received = os.environ["PATH"], bytearray()
         arguments = [str(int(10 * self.seconds)), self.kinds, str(self.notebook)]
+        command = [sys.executable, "-m", "curvlib.exercises.answers", *arguments]
+        pipe, null = subprocess.PIPE, subprocess.DEVNULL
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "curvlib.exercises.answers", *arguments],
-            cwd=self.home,
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
+            command, cwd=self.home, env=environment, stdin=pipe, stdout=pipe, stderr=null, start_new_session=True
         )
         self.reply(LOADING)
         return self.reply(self.seconds)

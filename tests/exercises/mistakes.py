@@ -114,7 +114,7 @@ MISTAKES: dict[str, list[tuple[str, str, str]]] = {
         ("does not depend on v", "gradient @ v", "gradient @ gradient"),
         ("carries a graph", "grad(gradient @ v, params)", "grad(gradient @ v, params, create_graph=True)"),
         ("that is the gradient", "flat(product)", "gradient.detach()"),
-        ("central differences", "flat(product)", "2 * flat(product)"),
+        ("the dense Hessian's product", "flat(product)", "2 * flat(product)"),
         ("expected numbers of shape", "flat(product)", "product"),
     ],
     "ggn_product": [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import nbformat
@@ -20,7 +21,7 @@ def test_every_exercise_and_every_question_is_graded(tmp_path: Path, monkeypatch
         cells = nbformat.read(tmp_path / "source" / path.stem / path.name, 4).cells
         ids = [cell.metadata.nbgrader.grade_id for cell in cells if "nbgrader" in cell.metadata]
         assert len(ids) == len(set(ids))
-        for before, cell in zip(cells, cells[1:], strict=False):
+        for before, cell in pairwise(cells):
             meta = cell.metadata.get("nbgrader", {})
             assert not cell.get("outputs")
             if meta.get("locked"):
