@@ -177,7 +177,7 @@ def score(notebook: str) -> None:
     """Print the verdicts and the points of a notebook's exercises, as far as they were checked in this kernel."""
     tasks = load(notebook)
     for name in tasks:
-        print(LAST.get(name) or f"✘ {name}: not checked yet")
+        print(LAST.get(name, f"✘ {name}: not checked yet"))
     earned = sum(LAST[name].earned for name in tasks if name in LAST)
     print(f"{earned} of {sum(task.points for task in tasks.values())} points")
 

@@ -91,6 +91,7 @@ def test_a_kernel_prints_verdicts_and_points(capsys: pytest.CaptureFixture[str])
     score("00")
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == ["✔ bits_per_weight: right, 2 of 2 points", "✘ wilson_interval: not written yet"]
+    assert lines.count("✘ wilson_interval: not written yet") == 2
     assert "✘ quantise: not checked yet" in lines
     assert lines[-1] == "2 of 14 points"
 
