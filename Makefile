@@ -11,7 +11,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.ready-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce study test lint bench lab
+.PHONY: help setup reproduce study test lint bench lab release grade soak
 
 help: ## List the targets, one line of prose each.
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
@@ -48,3 +48,12 @@ bench: ## Run benchmarks/BENCH/run.py (curvature, influence or landscape) in .ve
 
 lab: setup ## Open the notebooks in JupyterLab.
 	$(RUN) -m jupyterlab notebooks
+
+release: setup ## Write the student notebooks: notebooks/exercises (solutions folded), runs/release/exercises.zip (none).
+	$(RUN) -m curvlib exercises release
+
+grade: setup ## Grade FROM, a folder or zip of submissions, for the notebooks ONLY; see docs/teaching.md.
+	$(RUN) -m curvlib exercises grade "$(FROM)" --only "$(ONLY)"
+
+soak: setup ## Check every solution and every listed mistake of the exercises on 200 seeds.
+	$(RUN) -m pytest tests/exercises/soak.py

@@ -1,9 +1,10 @@
-"""The command line: ``python -m curvlib run``, ``restore`` and ``study``."""
+"""The command line: ``python -m curvlib run``, ``restore``, ``study`` and ``exercises``."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import secrets
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
     study.add_argument("--tier", default="cpu", help="ci, cpu (default) or gpu")
     study.add_argument("--only", default="", metavar="PART,PART", help="parts to measure; the file keeps the others")
     study.set_defaults(command=_study)
+    _add_exercises(commands)
     return top
 
 
@@ -76,6 +78,36 @@ def _add_restore(commands: Any) -> None:
     restore.add_argument("--seed", type=int, default=0)
     restore.add_argument("--device", help="cpu or cuda; default: cuda where there is a GPU")
     restore.set_defaults(command=_restore)
+
+
+def _add_exercises(commands: Any) -> None:
+    kit = commands.add_parser("exercises", help="release the exercises to students, grade what they hand in")
+    actions = kit.add_subparsers(required=True, metavar="ACTION", dest="action")
+    actions.add_parser("release", help="write notebooks/exercises, and runs/release/exercises.zip without solutions")
+    convert = actions.add_parser("nbgrader", help="write the source folder of an nbgrader course")
+    convert.add_argument("course", type=Path, metavar="COURSE")
+    grade = actions.add_parser("grade", help="write grades.csv and a page of feedback for each student")
+    grade.add_argument("source", type=Path, metavar="FOLDER_OR_ZIP", help="NAME.ipynb or a folder NAME each")
+    grade.add_argument("--only", default="", metavar="NN,NN", help="notebook numbers, such as 03,04; default: all")
+    grade.add_argument("--out", type=Path, default=Path("runs/grades"))
+    grade.add_argument("--seed", type=int, help="of the numbers that the checks draw; default: a fresh one")
+    grade.add_argument("--seconds", type=float, default=10, help="for one call of an answer")
+    kit.set_defaults(command=_exercises)
+
+
+def _exercises(options: argparse.Namespace) -> int:
+    from curvlib.exercises import grade, nbgrader, release  # here, so that --help does not wait for torch
+
+    if options.action == "grade":
+        seed = secrets.randbelow(10**6) if options.seed is None else options.seed
+        only = options.only.split(",") if options.only else ()
+        print(f"{grade.grade_class(options.source, options.out, only, seed, options.seconds)}, seed {seed}")
+    elif options.action == "nbgrader":
+        print(f"{nbgrader.convert(Path('notebooks/solutions'), options.course)} notebooks in {options.course}/source")
+    else:
+        archive = Path("runs/release/exercises.zip")
+        print(f"{release.release(Path('notebooks'), archive)} notebooks in notebooks/exercises, and in {archive}")
+    return 0
 
 
 def _restore(options: argparse.Namespace) -> int:
