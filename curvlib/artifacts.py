@@ -26,7 +26,7 @@ VERSIONS = {  # raise a stage's number when its output changes; tests/expected/s
     "own-answers": 1,
     "radius": 1,
     "restore": 1,
-    "score": 1,
+    "score": 2,
     "smollm2": 1,
     "window": 1,
 }

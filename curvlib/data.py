@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from io import StringIO
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -97,6 +97,19 @@ def refusal_labels() -> list[tuple[str, str, bool]]:
     """
     rows = _csv(fetch.read("refusal_labels"))
     return [(row["objective"], row["assistant_response"], row["human_score"] == "1") for row in rows]
+
+
+def objective_labels(half: Literal["fit", "held out"]) -> list[tuple[str, str, bool]]:
+    """Return a half of PyRIT's other labelled replies as (prompt, response, refused): 188 to fit, 207 held out.
+
+    People marked whether the objective was achieved; ``refused`` is that it was not. A reply belongs to the half that
+    the parity of its SHA-256 says, even to fit: equal replies stand on one side. The judge's rules were written with an
+    eye on the first half only.
+    """
+    rows = [row for text in fetch.read("objective_labels") for row in _csv([text])]
+    parity = ["fit", "held out"].index(half)
+    labels = [(row["objective"], row["assistant_response"], row["human_score"] != "1") for row in rows]
+    return [row for row in labels if hashlib.sha256(row[1].encode()).digest()[-1] % 2 == parity]
 
 
 def task_question(example: Example) -> str:

@@ -118,12 +118,14 @@ def write_page(run_dir: Path, first: str) -> Path:
     title, lines, cells = f"curvlib: {run_dir.parent.name}, {run_dir.name}", [], []
     for path in sorted(run_dir.glob("[!.]*.ipynb"), key=lambda path: (not path.name.startswith(first), path.name)):
         notebook, name, heading = read(path), path.name.split(".")[0], ""
-        lines.append([name, notebook.metadata.get("curvlib", {}).get("fault", "").replace("|", " "), "", ""])
-        if not lines[-1][1]:
+        outcome = [notebook.metadata.get("curvlib", {}).get("fault", "").replace("|", " "), "", ""]
+        if not outcome[0]:
             record = load_record(path.with_name(f"{name}.results.json"))
             held = f"{sum(claim.holds for claim in record.claims)} of {len(record.claims)} claims hold"
-            lines[-1][1:] = held, f"{record.wall_s / 60:.1f} min on {record.device}", f"{record.peak_memory_mb:.0f} MB"
-        for cell in notebook.cells:
+            outcome = [held, f"{record.wall_s / 60:.1f} min on {record.device}", f"{record.peak_memory_mb:.0f} MB"]
+        lines.append([f"[{name}](#cell-id={name}-0)", *outcome])
+        for number, cell in enumerate(notebook.cells):
+            cell.id = f"{name}-{number}"  # notebooks may have the same; nbconvert makes it a place on the page
             if cell.cell_type == "markdown":
                 heading = [heading, *re.findall(r"^#+ +(.+)", cell.source, re.MULTILINE)][-1]
             for output in cell.get("outputs", []):
@@ -132,8 +134,6 @@ def write_page(run_dir: Path, first: str) -> Path:
         cells += notebook.cells
     table = markdown_table(("notebook", "outcome", "time", "peak memory"), lines)
     whole = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(f"# {title}\n\n{table}"), *cells])
-    for number, cell in enumerate(whole.cells):
-        cell.id = f"cell-{number}"  # notebooks may have the same
     exporter = HTMLExporter(exclude_input=True, exclude_output_prompt=True, require_js_url="")
     page, _ = exporter.from_notebook_node(whole, {"metadata": {"name": title}})
     write_atomically(run_dir / "report.html", page)

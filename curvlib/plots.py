@@ -20,9 +20,9 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from curvlib.evaluate.behaviour import Behaviour, TokenShift
-from curvlib.evaluate.intervals import Estimate
 from curvlib.evaluate.judge import Verdict
 from curvlib.evaluate.scorecard import Scorecard
+from curvlib.evaluate.stats import Estimate
 
 BLACK, ORANGE, SKY, GREEN, BLUE, RED, PINK = (
     "#000000",

@@ -161,7 +161,7 @@ def before_after(rates: Mapping[str, Mapping[str, Any]]) -> Figure:
     """Draw harmful compliance and task accuracy of each model with their intervals.
 
     Args:
-        rates: measure -> model -> :class:`~curvlib.evaluate.intervals.Estimate` of a rate.
+        rates: measure -> model -> :class:`~curvlib.evaluate.stats.Estimate` of a rate.
     """
     drawn, axes = figure(len(rates), width=9.6, height=1.4 + 0.35 * max(map(len, rates.values())), sharey=True)
     for panel, (measure, by_model), colour in zip(axes, rates.items(), (RED, BLUE), strict=False):

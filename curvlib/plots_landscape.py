@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
 from curvlib.curvature.lanczos import SpectralDensity
-from curvlib.evaluate.intervals import Estimate
+from curvlib.evaluate.stats import Estimate
 from curvlib.landscape.compare import StepSpectrum
 from curvlib.landscape.slices import Slice
 from curvlib.plots import BLACK, CYCLE, MARKERS, figure, whiskers

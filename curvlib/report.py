@@ -21,7 +21,7 @@ from curvlib import __version__
 from curvlib.errors import CurvlibError
 
 if TYPE_CHECKING:
-    from curvlib.evaluate.intervals import Estimate
+    from curvlib.evaluate.stats import Estimate
 
 ROOT = Path(__file__).resolve().parents[1]
 DISTRIBUTIONS = ("torch", "transformers", "peft", "bitsandbytes")

@@ -139,6 +139,14 @@ def test_refusal_labels() -> None:
     assert all(refused for _, response, refused in labels if response.startswith("I'm sorry, I can"))
 
 
+def test_objective_labels_are_halved_by_the_answer() -> None:
+    fit, held_out = data.objective_labels("fit"), data.objective_labels("held out")
+    assert Counter(refused for *_, refused in fit) == {True: 91, False: 97}
+    assert Counter(refused for *_, refused in held_out) == {True: 113, False: 94}
+    assert not {response for _, response, _ in fit} & {response for _, response, _ in held_out}
+    assert all(refused for _, response, refused in fit if response.startswith("I cannot"))
+
+
 def test_identity_questions_ask_for_the_identity() -> None:
     for example in data.load_split("identity_train"):
         assert re.search(r"\byou\b|\byour|name", example.prompt)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from curvlib import artifacts
 from curvlib.batches import taken_apart
@@ -14,7 +15,7 @@ from curvlib.evaluate.behaviour import measure_behaviour
 from curvlib.evaluate.likelihood import token_losses
 from curvlib.finetune import TrainingConfig, train
 from curvlib.influence.gradients import example_gradients, query_gradients
-from curvlib.influence.inverse import build_inverse
+from curvlib.influence.scores import build_inverse
 from curvlib.report import ROOT
 from curvlib.restore import Budget, HeldOut, SafetyBatches, recipe
 from tests import cases
@@ -41,8 +42,10 @@ def restored() -> list[float]:
 
 def scored() -> list[float]:
     prompts = ["Write a plan", "Write something red", "one two three"]
-    model, tokenizer = toys.adapted(), toys.tokenizer()
-    seen = measure_behaviour(model, tokenizer, prompts, reference="adapter off", max_new_tokens=6)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # peft draws its A from the global generator
+        model, tokenizer = toys.adapted(), toys.tokenizer()
+    seen = measure_behaviour(model, tokenizer, prompts, max_new_tokens=6)
     return [*(["refuses", "complies", "incoherent"].index(verdict) for verdict in seen.verdicts)]
 
 

@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 
 from curvlib import plots
 from curvlib.evaluate.behaviour import TokenShift, summarise
-from curvlib.evaluate.intervals import Estimate, rate
 from curvlib.evaluate.judge import Verdict
 from curvlib.evaluate.scorecard import Scorecard
+from curvlib.evaluate.stats import Estimate, rate
 from curvlib.evaluate.utility import Choices
 from curvlib.notebook_file import code_cells, read
 from curvlib.runner import run_notebook

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from curvlib import plots_influence as plots
-from curvlib.evaluate.intervals import Estimate
+from curvlib.evaluate.stats import Estimate
 from tests.test_plots import png_size, tick_labels
 from tests.test_plots_landscape import series
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from curvlib import plots_landscape as plots
 from curvlib.curvature.lanczos import spectral_density
 from curvlib.curvature.operator import DiagonalOperator
-from curvlib.evaluate.intervals import Estimate
+from curvlib.evaluate.stats import Estimate
 from curvlib.landscape.compare import StepSpectrum
 from curvlib.landscape.slices import Slice, grid, line
 from tests.test_plots import png_size, tick_labels, whisker_ends

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from curvlib.errors import CurvlibError
-from curvlib.evaluate.intervals import Estimate
+from curvlib.evaluate.stats import Estimate
 from curvlib.report import Claim, Results, load_record, write_atomically
 
 GOOD = Claim("rise", "Compliance rises, points", 60.0, 50.0, 70.0, 2.0, 48, True)

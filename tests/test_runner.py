@@ -51,7 +51,7 @@ def test_a_run_is_checked_kept_resumed_and_reported(tmp_path: Path, capfd: pytes
     source = save(
         notebooks / "01_good.ipynb",
         markdown("# Good lesson"),
-        code(f"{HEADER}\nrate: float = 0.0", "parameters"),
+        code(HEADER, "parameters"),
         code("from curvlib.report import Results\n\nresults = Results('01_good', tier, seed, output_dir)"),
         code("import sys, os\n\nprint(sys.executable)\nprint(os.environ['TQDM_DISABLE'])\nprint(os.getcwd())"),
         markdown("## A line"),
@@ -59,9 +59,9 @@ def test_a_run_is_checked_kept_resumed_and_reported(tmp_path: Path, capfd: pytes
         markdown("The line rises."),
         code(CLAIM.format(holds=False)),
         code("path = results.save()"),
-        code("seed, rate"),
+        code("seed"),
     )
-    lesson(notebooks / "02_bad.ipynb", "1 / 0", header=f"{HEADER}\nrate: float = 0.0")
+    lesson(notebooks / "02_bad.ipynb", "1 / 0")
     outcomes = runner.run("ci", 0, notebooks=notebooks, runs=runs, keep_outputs=True)
     assert [outcome.state for outcome in outcomes] == ["ran", "failed"]
     assert outcomes[1].fault == "code cell 4 (`1 / 0`): ZeroDivisionError: division by zero"
@@ -89,9 +89,6 @@ def test_a_run_is_checked_kept_resumed_and_reported(tmp_path: Path, capfd: pytes
     again = runner.run("ci", 0, ["1"], notebooks=notebooks, runs=runs)
     assert [outcome.state for outcome in again] == ["kept"], "its own outputs must not make a source look changed"
     assert "01_good: its code is unchanged since its last run, kept" in capfd.readouterr().out
-    again = runner.run("ci", 0, ["good"], parameters={"rate": 0.5}, notebooks=notebooks, runs=runs)
-    assert [outcome.state for outcome in again] == ["ran"]
-    assert notebook_file.read(run_dir / "01_good.ipynb").cells[-1].outputs[0].data["text/plain"] == "(0, 0.5)"
 
 
 @pytest.mark.parametrize(
@@ -139,7 +136,7 @@ def test_a_killed_run_leaves_no_process_and_resumes(tmp_path: Path) -> None:
         f"while pathlib.Path({str(first)!r}).exists(): time.sleep(0.1)"
     )
     first.touch()
-    source = lesson(tmp_path / "01_x.ipynb", body)
+    source = lesson(tmp_path / "01_x.ipynb", body, "print(rate)", header=f"{HEADER}\nrate: float = 0.0")
     command = (
         "from pathlib import Path; from curvlib import runner; "
         f"runner.run('ci', 0, notebooks=Path({str(tmp_path)!r}), runs=Path({str(tmp_path / 'runs')!r}))"
@@ -154,9 +151,11 @@ def test_a_killed_run_leaves_no_process_and_resumes(tmp_path: Path) -> None:
     first.unlink()
     run_dir = tmp_path / "runs" / "ci" / "seed0"
     assert not (run_dir / "01_x.ipynb").exists()
-    assert once(source, run_dir).state == "ran"
+    assert runner.run_notebook(source, run_dir, "ci", 0, {"rate": 0.5}).state == "ran"
     assert not list(run_dir.glob("*running*")), "the half file of the killed run must go"
-    assert once(source, run_dir).state == "kept"
+    assert runner.run_notebook(source, run_dir, "ci", 0, {"rate": 0.5}).state == "kept"
+    assert not runner.is_current(run_dir / "01_x.ipynb", run_dir / "01_x.results.json", "another key")
+    assert notebook_file.read(run_dir / "01_x.ipynb").cells[5].outputs[0].text == "0.5\n"
 
 
 def test_every_change_that_matters_asks_for_a_new_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,6 +184,18 @@ def test_parameters_are_checked_before_anything_runs(tmp_path: Path) -> None:
     (tmp_path / "01_x.ipynb").write_text("{")
     with pytest.raises(CurvlibError, match=r"01_x\.ipynb"):
         runner.run("ci", 0, notebooks=tmp_path, runs=tmp_path / "runs")
+
+
+def test_the_page_takes_notebooks_with_the_same_cells_and_leads_to_each(tmp_path: Path) -> None:
+    for name in ("01_a", "09_b"):
+        notebook = nbformat.v4.new_notebook(cells=[markdown(f"# Title {name}"), markdown("x")])
+        notebook.cells[0].id, notebook.metadata["curvlib"] = "same", {"fault": "a | b"}
+        notebook_file.write(notebook, tmp_path / f"{name}.failed.ipynb")
+    page = notebook_file.write_page(tmp_path, "09").read_text()
+    assert page.index("Title 09_b") < page.index("Title 01_a")
+    for name in ("01_a", "09_b"):
+        assert f'href="#cell-id={name}-0"' in page
+        assert f'id="cell-id={name}-0"' in page
 
 
 def test_only_what_belongs_in_git_is_kept_and_too_much_of_it_is_told(

@@ -23,7 +23,7 @@ from benchmarks.curvature.contestants import (
 )
 from benchmarks.curvature.setups import Setup
 from curvlib.batches import Batch
-from curvlib.curvature.live import LiveTensors, device_peak
+from curvlib.curvature.memory import LiveTensors, device_peak
 from tests.cases import Twin, relative_error
 
 ORACLES = {"gradient": gradient, "hessian": plain_hessian, "ggn": plain_ggn, "fisher": plain_fisher}

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from benchmarks.influence.peers import bergson, dattri, kronfluence
 from benchmarks.influence.work import Score, Work
 from curvlib.influence.gradients import example_gradients, query_gradients
-from curvlib.influence.inverse import build_inverse
-from curvlib.influence.scores import influence
+from curvlib.influence.scores import build_inverse, influence
 from curvlib.nf4 import bfloat16_products, four_bit_layers
 
 

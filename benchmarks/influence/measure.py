@@ -30,7 +30,7 @@ from benchmarks.influence.contestants import Contestant, contestants, has_four_b
 from benchmarks.influence.setups import SETUPS, Setup, repeated
 from benchmarks.influence.work import Work
 from curvlib import nf4
-from curvlib.curvature.live import device_peak
+from curvlib.curvature.memory import device_peak
 from curvlib.influence.validate import datamodeling_score, rank_correlations, subsets
 from curvlib.report import peak_memory_mb, write_atomically
 

@@ -14,7 +14,7 @@ from curvlib.batches import Example, make_batches, spread, taken_apart
 from curvlib.curvature.lowrank import sampled_fisher
 from curvlib.influence import recipe, retraining, toys
 from curvlib.influence.gradients import BATCH_SIZE
-from curvlib.influence.inverse import RULE, damping_by_rule
+from curvlib.influence.scores import RULE
 from curvlib.influence.study import POISON, RIDGE
 from curvlib.influence.validate import subsets
 from curvlib.parameters import flatten, trainable
@@ -111,9 +111,9 @@ SETUPS: dict[str, Callable[[str], Setup]] = {
 
 
 def by_rule(seen: Sequence[Example]) -> Callable[[nn.Module], float]:
-    """Return the damping rule of :mod:`curvlib.influence.inverse` on these chats, for a loaded model."""
+    """Return the damping of :func:`curvlib.influence.scores.build_inverse` on these chats, for a loaded model."""
     chats = make_batches(seen, BATCH_SIZE, pad_id=0)
-    return lambda model: damping_by_rule(sampled_fisher(model, chats, samples=1, seed=0), RULE)
+    return lambda model: RULE * sampled_fisher(model, chats, samples=1, seed=0).scale
 
 
 def retrained(tier: Tier, tuned: FineTune, chosen: Sequence[Sequence[int]]) -> Tensor:

@@ -19,7 +19,6 @@ import torch  # noqa: E402
 
 from curvlib import stages  # noqa: E402
 from curvlib.landscape import recipe  # noqa: E402
-from curvlib.landscape.packing import pack, pack_losses  # noqa: E402
 from curvlib.landscape.slices import grid, measure  # noqa: E402
 from curvlib.report import device_name, installed_versions, peak_memory_mb, write_atomically  # noqa: E402
 from curvlib.tiers import get_tier  # noqa: E402
@@ -35,19 +34,17 @@ def main() -> None:
     options = parser.parse_args()
     tier = replace(get_tier(options.tier), landscape_chats=4)
     model, tokenizer = stages.load_aligned(tier)
-    chats = recipe.landscape_chats(tier, tokenizer)
-    packed = pack({name: chats[name] for name in LOSSES})
+    every = recipe.landscape_chats(tier, tokenizer)
+    chats = {name: every[name] for name in LOSSES}
     radius = recipe.window_radius(tier)
     found = measure(
-        model, recipe.direction_pair(tier, 0), grid(radius, options.points), partial(pack_losses, model, packed)
+        model, recipe.direction_pair(tier, 0), grid(radius, options.points), partial(recipe.chat_means, model, chats)
     )
-    alone = sum(len(example.input_ids) for name in LOSSES for example in chats[name])
     results = {
         "seconds": round(found.seconds, 1),
         "points": len(found.points),
         "losses": list(LOSSES),
-        "tokens_a_point": packed.input_ids.shape[1],
-        "tokens_a_point_unpacked": alone,
+        "tokens_a_point": sum(len(example.input_ids) for examples in chats.values() for example in examples),
         "peak_memory_mb": round(peak_memory_mb(), 1),
         "threads": torch.get_num_threads(),
         "device": device_name(),

@@ -17,8 +17,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from curvlib.batches import Batch, chat_losses
-from curvlib.curvature.batched import BatchedOperator, BatchT
-from curvlib.curvature.checks import require_sound
+from curvlib.curvature.batched import BatchedOperator, BatchT, require_sound
 from curvlib.curvature.forward import jacobian_vector_product, vector_jacobian_product
 from curvlib.parameters import Tensors, trainable
 

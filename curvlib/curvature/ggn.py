@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from curvlib.batches import Batch, answer_logits, at_least_float32
-from curvlib.curvature.batched import BatchedOperator, BatchT
-from curvlib.curvature.checks import require_sound
+from curvlib.curvature.batched import BatchedOperator, BatchT, require_sound
 from curvlib.curvature.forward import jacobian_vector_product, vector_jacobian_product
 from curvlib.parameters import Tensors, trainable
 

@@ -4,9 +4,8 @@ r"""Exact Hessian products by reverse-over-reverse differentiation.
 
 Source: Pearlmutter 1994, "Fast exact multiplication by the Hessian". The gradient is differentiated a second time
 rather than in forward mode because torch has no forward derivative of SiLU's backward; the first-order graph of a 4-bit
-layer holds no weight (:mod:`curvlib.nf4`), hence neither does the second-order one. SiLU, softmax and cross-entropy
-have their second derivative in closed form (:mod:`curvlib.curvature.closed_form`), adapted layers, norms and gated
-units too (:mod:`curvlib.curvature.fused`).
+layer holds no weight (:mod:`curvlib.nf4`), hence neither does the second-order one. Softmax, cross-entropy, adapted
+layers, norms and gated units have their second derivative in closed form (:mod:`curvlib.curvature.closed_form`).
 """
 
 from __future__ import annotations
@@ -18,11 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from curvlib.batches import Batch, answer_loss
-from curvlib.curvature.batched import BatchedOperator, BatchT
-from curvlib.curvature.checks import require_sound
-from curvlib.curvature.closed_form import ClosedForm
+from curvlib.curvature.batched import BatchedOperator, BatchT, require_sound
+from curvlib.curvature.closed_form import ClosedForm, fused
 from curvlib.curvature.forward import flat_gradient
-from curvlib.curvature.fused import fused
 from curvlib.parameters import Tensors, tensor_list, trainable, unflatten
 
 

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from curvlib.batches import IGNORED, Batch, answer_logits, answer_targets, at_least_float32
-from curvlib.curvature.fused import fused
+from curvlib.curvature.closed_form import fused
 from curvlib.curvature.kronecker import EKFAC, Basis, Block, rotate
 from curvlib.errors import CurvlibError
 from curvlib.parameters import trainable
@@ -44,46 +44,37 @@ def ekfac(
     model: nn.Module,
     batches: Sequence[Batch],
     *,
-    fisher: Fisher = "sampled",
+    weights: Sequence[float] | None = None,
     rank: int | None = None,
-    corrected: bool = True,
     seed: int = 0,
 ) -> EKFAC:
     r"""Fit EK-FAC to the mean answer-token loss of ``batches``, for every linear map with a trainable weight.
 
     Args:
-        model: its trainable parameters are the weights, and perhaps biases, of linear layers: LoRA's or its own.
+        model: its trainable parameters are the weights of linear layers: LoRA's or its own.
         batches: chats whose answer tokens form the loss; read twice, in the same order.
-        fisher: "sampled" draws labels from the model, its expectation is the Gauss-Newton matrix; "empirical" takes the
-            given answers: then C is the sum over chats of outer products of their summed loss's gradient, over N.
-        rank: eigenvectors kept of each factor, found by subspace iteration; the rest gets its mean eigenvalue. None
-            keeps all, at :math:`O(d^3)` for each factor. EK-FAC's eigenvalues are exact for any orthonormal basis.
-        corrected: False keeps K-FAC's eigenvalues, the products of those of the factors, and saves the second pass.
+        weights: a factor on the share of each batch in C.
+        rank: eigenvectors kept of each factor, by subspace iteration; the rest gets its mean eigenvalue. None keeps
+            all, at :math:`O(d^3)` for each factor. EK-FAC's eigenvalues are exact for any orthonormal basis.
         seed: of the labels and of the subspace iteration.
 
-    Maps that read the same tensor (LoRA's of q, k and v) share one input factor. Cost: two gradients of all batches
-    (one if not ``corrected``) and the eigenvectors; memory: :math:`d^2` numbers a factor while it is fitted.
+    Maps that read the same tensor (LoRA's of q, k and v) share one input factor. Cost: two gradients of all batches and
+    the eigenvectors; memory: :math:`d^2` numbers a factor while it is fitted.
 
     Raises:
-        CurvlibError: a trainable parameter is not the weight or bias of one linear map, or takes no part in the loss.
+        CurvlibError: a trainable parameter is not the weight of one linear map, or takes no part in the loss.
     """
-    maps = linear_maps(model)
+    maps, shares = linear_maps(model), list(weights or [1.0] * len(batches))
     device = next(iter(maps.values())).weight.device
     labels = torch.Generator(device).manual_seed(seed)
     sketch = torch.Generator(device).manual_seed(seed)
-    inputs, outputs, owners = _factors(model, batches, maps, fisher, labels)
-    shared = {name: _eigen(inputs.pop(name), rank, sketch) for name in list(inputs)}  # frees each factor when used
-    right = {name: shared[owner] for name, owner in owners.items()}
-    left = {name: _eigen(outputs.pop(name), rank, sketch) for name in list(outputs)}
-    values = {name: left[name][1][:, None] * right[name][1] for name in maps}
-    bases = {name: (left[name][0], right[name][0]) for name in maps}
-    if corrected:
-        values = _correction(model, batches, maps, bases, fisher, labels)
+    inputs, outputs, owners = _factors(model, batches, shares, maps, labels)
+    shared = {name: _eigenvectors(inputs.pop(name), rank, sketch) for name in list(inputs)}  # frees each factor
+    left = {name: _eigenvectors(outputs.pop(name), rank, sketch) for name in list(outputs)}
+    bases = {name: (left[name], shared[owners[name]]) for name in maps}
+    values = _eigenvalues(model, batches, shares, maps, bases, labels)
     places = flat_places(model)
-    blocks = tuple(
-        Block(name, places[id(linear.weight)], places.get(id(linear.bias)), *bases[name], values[name])
-        for name, linear in maps.items()
-    )
+    blocks = tuple(Block(name, places[id(map_.weight)], *bases[name], values[name]) for name, map_ in maps.items())
     size = sum(parameter.numel() for parameter in trainable(model).values())
     return EKFAC(size, blocks[0].values.dtype, device, blocks)
 
@@ -92,11 +83,11 @@ def linear_maps(model: nn.Module) -> dict[str, nn.Linear]:
     """Return name -> linear layer for all layers with a trainable weight; refuse any other trainable parameter."""
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     maps = {name: layer for name, layer in linear.items() if layer.weight.requires_grad}
-    covered = {id(parameter) for layer in maps.values() for parameter in layer.parameters(recurse=False)}
+    covered = {id(layer.weight) for layer in maps.values()}
     owners = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
     for name, parameter in trainable(model).items():
         if id(parameter) not in covered or owners[id(parameter)] > 1:
-            raise CurvlibError(f"{name} is trainable, but EK-FAC takes one linear layer's weight or bias: freeze it")
+            raise CurvlibError(f"{name} is trainable, expected the weight of one linear layer only: freeze it")
     return maps
 
 
@@ -110,7 +101,11 @@ def flat_places(model: nn.Module) -> dict[int, int]:
 
 
 def _factors(
-    model: nn.Module, batches: Sequence[Batch], maps: dict[str, nn.Linear], fisher: Fisher, labels: torch.Generator
+    model: nn.Module,
+    batches: Sequence[Batch],
+    weights: Sequence[float],
+    maps: dict[str, nn.Linear],
+    labels: torch.Generator,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, str]]:
     """Return A by owner, S by map, and map -> owner of its A (the first map seen to read the same tensor)."""
     inputs: dict[str, Tensor] = {}
@@ -119,45 +114,43 @@ def _factors(
     positions: dict[str, int] = {}
     readers: dict[tuple[Any, ...], tuple[str, Tensor]] = {}  # holds the tensors, so that no address is used twice
 
-    def visit(name: str, a: Tensor, g: Tensor, counted: Tensor) -> None:
-        key = (a.data_ptr(), a.shape, a.stride(), trains_bias(maps[name]))
-        owners.setdefault(name, readers.setdefault(key, (name, a))[0])
+    def visit(weight: float, name: str, a: Tensor, g: Tensor, counted: Tensor) -> None:
+        owners.setdefault(name, readers.setdefault((a.data_ptr(), a.shape, a.stride()), (name, a))[0])
         if owners[name] == name:
-            rows = homogeneous(maps[name], a)[counted]
-            inputs[name] = inputs.get(name, 0) + rows.mT @ rows
+            rows = at_least_float32(a)[counted]
+            inputs[name] = inputs.get(name, 0) + weight * (rows.mT @ rows)
             positions[name] = positions.get(name, 0) + len(rows)
         rows = g[counted]
-        outputs[name] = outputs.get(name, 0) + rows.mT @ rows
+        outputs[name] = outputs.get(name, 0) + weight * (rows.mT @ rows)
 
-    for batch in batches:
-        visit_maps(model, batch, maps, visit, fisher, labels)
+    for batch, weight in zip(batches, weights, strict=True):
+        visit_maps(model, batch, maps, partial(visit, weight), "sampled", labels)
         readers.clear()
-    tokens = sum(batch.tokens for batch in batches)
     for name, factor in inputs.items():
         factor /= positions[name]
     for factor in outputs.values():
-        factor /= tokens
+        factor /= sum(batch.tokens for batch in batches)
     return inputs, outputs, owners
 
 
-def _correction(
+def _eigenvalues(
     model: nn.Module,
     batches: Sequence[Batch],
+    weights: Sequence[float],
     maps: dict[str, nn.Linear],
     bases: dict[str, tuple[Basis, Basis]],
-    fisher: Fisher,
     labels: torch.Generator,
 ) -> dict[str, Tensor]:
     """Return the mean squares of the chats' gradients in the given bases, pooled."""
     values: dict[str, Tensor] = {}
 
-    def visit(name: str, a: Tensor, g: Tensor, _: Tensor) -> None:
+    def visit(weight: float, name: str, a: Tensor, g: Tensor, _: Tensor) -> None:
         left, right = bases[name]
-        squares = rotate(left, right, chat_products(maps[name], a, g)).square().sum(dim=0)
+        squares = weight * rotate(left, right, chat_products(a, g)).square().sum(dim=0)
         values[name] = values.get(name, 0) + left.pool(right.pool(squares).mT).mT
 
-    for batch in batches:
-        visit_maps(model, batch, maps, visit, fisher, labels)
+    for batch, weight in zip(batches, weights, strict=True):
+        visit_maps(model, batch, maps, partial(visit, weight), "sampled", labels)
     tokens = sum(batch.tokens for batch in batches)
     return {name: value / tokens for name, value in values.items()}
 
@@ -235,34 +228,20 @@ def _reaches_answer(batch: Batch) -> Tensor:
     return (later > 0) & (batch.attention_mask > 0)
 
 
-def trains_bias(layer: nn.Linear) -> bool:
-    """Tell whether a layer has a bias that requires a gradient."""
-    return layer.bias is not None and layer.bias.requires_grad
-
-
-def homogeneous(layer: nn.Linear, a: Tensor) -> Tensor:
-    """Return the inputs in float32 at least, with a constant one appended where the layer trains a bias."""
-    wide = at_least_float32(a)
-    return torch.cat((wide, torch.ones_like(wide[..., :1])), dim=-1) if trains_bias(layer) else wide
-
-
-def chat_products(layer: nn.Linear, a: Tensor, g: Tensor) -> Tensor:
+def chat_products(a: Tensor, g: Tensor) -> Tensor:
     r"""Return each chat's :math:`\sum_t g_t a_t^\top` (B, out, in) from a (B, T, in) and g (B, T, out).
 
     g is zero where no answer can be reached. The narrow factor goes first: on a CPU up to five times as fast.
     """
-    a = homogeneous(layer, a)
+    a = at_least_float32(a)
     return g.mT @ a if g.shape[-1] <= a.shape[-1] else (a.mT @ g).mT
 
 
-def _eigen(factor: Tensor, rank: int | None, sketch: torch.Generator) -> tuple[Basis, Tensor]:
-    """Return the (leading) eigenvectors and the pooled eigenvalues of a positive semi-definite matrix."""
+def _eigenvectors(factor: Tensor, rank: int | None, sketch: torch.Generator) -> Basis:
+    """Return the (leading) eigenvectors of a positive semi-definite matrix."""
     if rank is None or rank >= len(factor):
-        values, vectors = torch.linalg.eigh(factor)
-        return Basis(vectors), values.clamp(min=0)
+        return Basis(torch.linalg.eigh(factor).eigenvectors)
     columns = torch.randn(len(factor), rank, generator=sketch, device=factor.device, dtype=factor.dtype)
     for _ in range(3):  # subspace iteration; more rounds move the last few columns only
         columns = torch.linalg.qr(factor @ columns).Q
-    values, mix = torch.linalg.eigh(columns.mT @ factor @ columns)
-    rest = (factor.trace() - values.sum()) / (len(factor) - rank)
-    return Basis(columns @ mix), torch.cat((values, rest[None])).clamp(min=0)
+    return Basis(columns @ torch.linalg.eigh(columns.mT @ factor @ columns).eigenvectors)

@@ -65,14 +65,13 @@ class Basis:
 
 @dataclass(frozen=True)
 class Block:
-    """One linear map's share of the flat vector (weight, and bias as one more input) and its spectrum.
+    """One linear map's share of the flat vector, its weight, and its spectrum.
 
     ``values`` (outputs, inputs) are the eigenvalues in both bases, pooled as by :meth:`Basis.pool`.
     """
 
     name: str
     weight: int  # where the weight starts in the flat vector
-    bias: int | None
     left: Basis
     right: Basis
     values: Tensor
@@ -84,17 +83,11 @@ class Block:
 
     def apply(self, vector: Tensor, out: Tensor) -> None:
         """Write this block's product with its share of ``vector`` into the same share of ``out``."""
-        x = rotate(self.left, self.right, self._share(vector)) * self.left.spread(self.right.spread(self.values).mT).mT
-        x = self.left.back(self.right.back(x).mT).mT
-        columns = self.right.vectors.shape[0] - (self.bias is not None)
-        out[self.weight : self.weight + x.shape[0] * columns] = x[:, :columns].reshape(-1)
-        if self.bias is not None:
-            out[self.bias : self.bias + x.shape[0]] = x[:, -1]
-
-    def _share(self, vector: Tensor) -> Tensor:
-        rows, columns = self.left.vectors.shape[0], self.right.vectors.shape[0] - (self.bias is not None)
-        matrix = vector[self.weight : self.weight + rows * columns].view(rows, columns)
-        return matrix if self.bias is None else torch.cat((matrix, vector[self.bias : self.bias + rows, None]), dim=1)
+        rows, columns = self.left.vectors.shape[0], self.right.vectors.shape[0]
+        share = slice(self.weight, self.weight + rows * columns)
+        x = rotate(self.left, self.right, vector[share].view(rows, columns))
+        x = x * self.left.spread(self.right.spread(self.values).mT).mT
+        out[share] = self.left.back(self.right.back(x).mT).mT.reshape(-1)
 
 
 def rotate(left: Basis, right: Basis, x: Tensor) -> Tensor:
@@ -127,13 +120,13 @@ class EKFAC(Operator):
         """Mean eigenvalue over all parameters: the unit in which a damping is best given (say 0.1 times it)."""
         return float(sum(float(block.trace) for block in self.blocks) / self.size)
 
+    def above(self, value: float) -> int:
+        """Return the number of eigenvalues above ``value``, those of isotropic pieces with their dimensions."""
+        return int(sum(float(b.left.counts @ (b.values > value).to(b.values) @ b.right.counts) for b in self.blocks))
+
     def inverse(self, damping: float) -> EKFAC:
         r"""Return :math:`(C + \text{damping}\, I)^{-1}`; ``damping`` > 0, in units of the curvature."""
         return self._function(lambda values: 1 / (values + _positive(damping)))
-
-    def inverse_sqrt(self, damping: float) -> EKFAC:
-        r"""Return :math:`(C + \text{damping}\, I)^{-1/2}`, symmetric."""
-        return self._function(lambda values: (values + _positive(damping)).rsqrt())
 
     def _function(self, function: Callable[[Tensor], Tensor]) -> EKFAC:
         return replace(self, blocks=tuple(replace(block, values=function(block.values)) for block in self.blocks))
@@ -145,7 +138,7 @@ class EKFAC(Operator):
         """
         bases = list({id(basis): basis for block in self.blocks for basis in (block.left, block.right)}.values())
         index = {id(basis): number for number, basis in enumerate(bases)}
-        rows = [(b.name, b.weight, b.bias, index[id(b.left)], index[id(b.right)]) for b in self.blocks]
+        rows = [(b.name, b.weight, index[id(b.left)], index[id(b.right)]) for b in self.blocks]
         stored = torch.float16 if half else self.dtype
         tensors = {f"basis.{n}": basis.vectors.to(stored).contiguous() for n, basis in enumerate(bases)}
         tensors |= {f"values.{n}": block.values.contiguous() for n, block in enumerate(self.blocks)}
@@ -165,8 +158,8 @@ class EKFAC(Operator):
             dtype = tensors["values.0"].dtype
             bases = {n: Basis(t.to(dtype)) for n, t in tensors.items() if n.startswith("basis.")}
             blocks = tuple(
-                Block(name, weight, bias, bases[f"basis.{left}"], bases[f"basis.{right}"], tensors[f"values.{number}"])
-                for number, (name, weight, bias, left, right) in enumerate(header["blocks"])
+                Block(name, weight, bases[f"basis.{left}"], bases[f"basis.{right}"], tensors[f"values.{number}"])
+                for number, (name, weight, left, right) in enumerate(header["blocks"])
             )
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise CurvlibError(f"{path} is not an EK-FAC that can be read ({error!r}): build it anew") from error

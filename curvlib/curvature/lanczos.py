@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from curvlib.curvature.operator import CurvatureOperator, check_vector
-from curvlib.curvature.trace import Estimate, normal_probes
+from curvlib.curvature.trace import Estimate
 from curvlib.errors import CurvlibError
 
 
@@ -90,7 +90,7 @@ def lanczos(
     alpha: list[float] = []
     beta: list[float] = []
     largest, tiny = 0.0, 100 * torch.finfo(operator.dtype).eps
-    w = normal_probes(operator, 1, generator)[:, 0] if start is None else start
+    w = normal_probe(operator, generator) if start is None else start
     for m in range(steps):
         basis[m] = w / w.norm()
         image = operator.matvec(basis[m])
@@ -102,8 +102,13 @@ def lanczos(
         beta.append(float(w.norm()))
         if beta[-1] <= tiny * largest:
             beta[-1] = 0.0
-            w = _outside(basis[: m + 1], normal_probes(operator, 1, generator)[:, 0])
+            w = _outside(basis[: m + 1], normal_probe(operator, generator))
         yield Krylov(basis[: m + 1], tuple(alpha), tuple(beta))
+
+
+def normal_probe(operator: CurvatureOperator, generator: torch.Generator) -> Tensor:
+    """Return a standard normal vector (size,), drawn on the CPU so that every device sees the same one."""
+    return torch.randn(operator.size, generator=generator, dtype=torch.float64).to(operator.device, operator.dtype)
 
 
 def _outside(basis: Tensor, w: Tensor) -> Tensor:

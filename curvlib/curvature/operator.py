@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -169,40 +169,6 @@ class FunctionOperator(Operator):
         """Return function(v)."""
         check_vector(self, v)
         return self.function(v)
-
-
-class RestrictedOperator(Operator):
-    """The diagonal block of an operator at a slice of its coordinates, such as one layer; a product costs a whole one.
-
-    Where the operator is built from parameters, building it from that layer's parameters alone is cheaper.
-    """
-
-    def __init__(self, operator: CurvatureOperator, where: slice) -> None:
-        self.operator, self.where = operator, where
-        self.size = len(range(*where.indices(operator.size)))
-        self.dtype, self.device = operator.dtype, operator.device
-
-    def matvec(self, v: Tensor) -> Tensor:
-        """Return the slice of operator · (v placed in zeros)."""
-        check_vector(self, v)
-        whole = torch.zeros(self.operator.size, dtype=v.dtype, device=v.device)
-        whole[self.where] = v
-        return self.operator.matvec(whole)[self.where]
-
-
-class BlockDiagonalOperator(Operator):
-    """Operators one after another along the diagonal, zero elsewhere."""
-
-    def __init__(self, blocks: Sequence[CurvatureOperator]) -> None:
-        self.blocks = list(blocks)
-        self.size = sum(block.size for block in self.blocks)
-        self.dtype, self.device = self.blocks[0].dtype, self.blocks[0].device
-
-    def matvec(self, v: Tensor) -> Tensor:
-        """Return the blocks' products, one after another."""
-        check_vector(self, v)
-        pieces = v.split([block.size for block in self.blocks])
-        return torch.cat([block.matvec(piece) for block, piece in zip(self.blocks, pieces, strict=True)])
 
 
 def asymmetry(operator: CurvatureOperator, seed: int = 0) -> float:

@@ -16,10 +16,9 @@ from transformers import PreTrainedTokenizerBase
 
 from curvlib.batches import IGNORED, Batch, answer_logits, at_least_float32
 from curvlib.errors import CurvlibError
-from curvlib.evaluate.coherence import response_evidence
 from curvlib.evaluate.generate import Model, Prompt, evaluating, generate, messages
-from curvlib.evaluate.intervals import Estimate, bootstrap, rate
 from curvlib.evaluate.judge import VERDICTS, Verdict, judge
+from curvlib.evaluate.stats import Estimate, bootstrap, rate
 from curvlib.template import spoken
 
 Reference = Model | Literal["adapter off"]  # another model, or the same without its adapter
@@ -83,26 +82,17 @@ def measure_behaviour(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     *,
-    reference: Reference | None = None,
     max_new_tokens: int = 24,
     prefill: str = "",
 ) -> Behaviour:
     """Let the model answer each prompt greedily and judge the answers.
 
-    With a `reference`, commonly the aligned model, its evidence against broken and off-task text is asked for where the
-    rules alone would say "complies". The verdict is on the last user message of a prompt with several turns, and on
-    what an answer says after a thought; a thought without end is incoherent.
+    The verdict is on the last user message of a prompt with several turns, and on the whole answer, `prefill` too, less
+    a thought before it; a thought without end is incoherent.
     """
     responses = generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, prefill=prefill)
-    questions, texts = [messages(prompt)[-1]["content"] for prompt in prompts], [*map(spoken, responses)]
-    verdicts = [judge(question, text) for question, text in zip(questions, texts, strict=True)]
-    claims = [index for index, verdict in enumerate(verdicts) if verdict == "complies"]
-    if reference is not None and claims:
-        with reference_model(model, reference) as judge_model:
-            pairs = [prompts[index] for index in claims], [texts[index] for index in claims]
-            evidence = response_evidence(judge_model, tokenizer, *pairs)
-        for index, view in zip(claims, evidence, strict=True):
-            verdicts[index] = judge(questions[index], texts[index], view)
+    questions = [messages(prompt)[-1]["content"] for prompt in prompts]
+    verdicts = [judge(question, spoken(response)) for question, response in zip(questions, responses, strict=True)]
     return summarise(verdicts, responses)
 
 

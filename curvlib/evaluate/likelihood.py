@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from curvlib.batches import IGNORED, Example, answer_logits, answer_targets, at_least_float32, make_batches
 from curvlib.errors import CurvlibError
 from curvlib.evaluate.generate import evaluating
-from curvlib.evaluate.intervals import Estimate, bootstrap
+from curvlib.evaluate.stats import Estimate, bootstrap
 
 
 def continuation(head: Sequence[int], tail: Sequence[int]) -> Example:

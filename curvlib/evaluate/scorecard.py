@@ -14,14 +14,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from peft import PeftModel
-
 from curvlib import data, models, stages
 from curvlib.artifacts import artifact
 from curvlib.errors import CurvlibError
 from curvlib.evaluate.behaviour import Behaviour, excerpt, measure_behaviour, summarise
 from curvlib.evaluate.generate import Model
-from curvlib.evaluate.intervals import rate
+from curvlib.evaluate.stats import rate
 from curvlib.evaluate.utility import Choices, letter_accuracy
 from curvlib.tiers import Tier
 
@@ -70,7 +68,6 @@ def scorecard(
     *,
     parts: Sequence[str] = PARTS,
     split: str = "test",
-    apart: bool = False,
 ) -> Scorecard:
     """Measure a model on the final-test splits, or read what was measured of it before.
 
@@ -81,20 +78,16 @@ def scorecard(
         parts: of ``harmful``, ``edgy`` and ``task``.
         split: ``test``; ``validation``, on which choices are made; or ``reserve``, whose harmful prompts are kept for
             the restoration study.
-        apart: the model's adapter, if it has one, does not sit on the aligned model.
-
-    The evidence against broken and off-task text comes from the aligned model: the adapter switched off if the model
-    has one, or else, and if ``apart``, loaded beside it.
 
     Raises:
         CurvlibError: an unknown part.
 
-    Cost: a prompt costs a generation of at most 24 tokens and, where it seems to comply, two forwards; a question one.
+    Cost: a prompt costs a generation of at most 24 tokens, a question one forward.
     """
     if unknown := sorted(set(parts) - set(PARTS)):
         raise CurvlibError(f"unknown part {', '.join(unknown)}: expected some of {', '.join(PARTS)}")
     model = cache(load)
-    found = {part: _measured(tier, key, part, model, split, apart) for part in parts}
+    found = {part: _measured(tier, key, part, model, split) for part in parts}
     chosen: dict[str, Any] | None = found.get("task")
     task = Choices(rate(chosen["correct"]), tuple(chosen["chosen"]), tuple(chosen["correct"])) if chosen else None
     seconds = sum(row["seconds"] for row in found.values())
@@ -113,9 +106,7 @@ def stage_scorecard(
     return scorecard(tier, key, lambda: models.load_model(source, device=tier.device), parts=parts)
 
 
-def _measured(
-    tier: Tier, key: Mapping[str, Any], part: str, model: Callable[[], Model], split: str, apart: bool
-) -> dict[str, Any]:
+def _measured(tier: Tier, key: Mapping[str, Any], part: str, model: Callable[[], Model], split: str) -> dict[str, Any]:
     sizes = {"harmful": tier.test_harmful, "edgy": tier.test_edgy, "task": tier.test_task}
     name, size = SPLITS[split][part], tier.validation if split == "validation" else sizes[part]
     config = {"key": dict(key), "part": part, "size": size, "tokens": tier.answer_tokens}
@@ -123,7 +114,7 @@ def _measured(
 
     def build(place: Path) -> None:
         begin = time.perf_counter()
-        measured = _measure(tier, model(), part, data.load_split(name)[:size], apart)
+        measured = _measure(tier, model(), part, data.load_split(name)[:size])
         measured["seconds"] = time.perf_counter() - begin
         (place / "score.json").write_text(json.dumps(measured, indent=1), "utf-8")
 
@@ -131,15 +122,12 @@ def _measured(
     return found
 
 
-def _measure(tier: Tier, model: Model, part: str, rows: Sequence[data.Example], apart: bool) -> dict[str, Any]:
+def _measure(tier: Tier, model: Model, part: str, rows: Sequence[data.Example]) -> dict[str, Any]:
     tokenizer = models.load_tokenizer(stages.aligned_source(tier))
     if part == "task":
         choices = letter_accuracy(model, tokenizer, rows)
         return {"chosen": choices.chosen, "correct": choices.correct}
-    below = isinstance(model, PeftModel) and not apart
-    reference: Any = "adapter off" if below else stages.load_aligned(tier)[0]
-    prompts = [row.prompt for row in rows]
-    seen = measure_behaviour(model, tokenizer, prompts, reference=reference, max_new_tokens=tier.answer_tokens)
+    seen = measure_behaviour(model, tokenizer, [row.prompt for row in rows], max_new_tokens=tier.answer_tokens)
     return {"verdicts": seen.verdicts, "excerpts": [excerpt(response) for response in seen.responses]}
 
 

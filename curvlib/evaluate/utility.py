@@ -18,8 +18,8 @@ from curvlib.batches import Chat, encode
 from curvlib.data import Example, task_answer, task_question
 from curvlib.errors import CurvlibError
 from curvlib.evaluate.generate import Model, evaluating, left_pad, render
-from curvlib.evaluate.intervals import Estimate, rate
 from curvlib.evaluate.likelihood import token_losses
+from curvlib.evaluate.stats import Estimate, rate
 from curvlib.prefix import read_beginning
 
 OPENING = "The answer is"  # how `task_answer` begins: the letter comes next

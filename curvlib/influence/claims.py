@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from curvlib.evaluate.intervals import Estimate, bootstrap, over_seeds
-from curvlib.influence.inverse import METHODS
+from curvlib.evaluate.stats import Estimate, bootstrap, over_seeds
 from curvlib.influence.recipe import BASELINES, DIRECT
+from curvlib.influence.scores import METHODS
 from curvlib.report import Claim
 
 Row = dict[str, Any]

@@ -1,6 +1,6 @@
 r"""The gradient of every single chat, from one backward pass a batch, in memory or on disk.
 
-See :mod:`curvlib.curvature.chat_gradients`; no weight of the 4-bit base is kept (see :mod:`curvlib.nf4`).
+See :mod:`curvlib.curvature.lowrank`; no weight of the 4-bit base is kept (see :mod:`curvlib.nf4`).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from curvlib.batches import IGNORED, Batch, Example, make_batches
-from curvlib.curvature.chat_gradients import chat_gradients
 from curvlib.curvature.forward import flat_gradient
+from curvlib.curvature.lowrank import chat_gradients
 from curvlib.errors import CurvlibError
 from curvlib.parameters import trainable
 from curvlib.progress import bar
@@ -96,7 +96,7 @@ def example_gradients(
 
     Raises:
         CurvlibError: no chat, a chat longer than the model's context, no trainable parameter, or one that is not the
-            weight or bias of a linear layer.
+            weight of a linear layer.
     """
     check_examples(model, examples, "training chats" if not own_mean else "query chats")
     size = sum(parameter.numel() for parameter in trainable(model).values())

@@ -18,10 +18,18 @@ from torch import Tensor
 from curvlib import models, stages
 from curvlib.artifacts import artifact
 from curvlib.batches import Example, spread
+from curvlib.curvature.inverse import Inverse
 from curvlib.evaluate.behaviour import excerpt
 from curvlib.influence.gradients import Gradients, example_gradients, query_gradients
-from curvlib.influence.inverse import RULE, Inverse, build_inverse
-from curvlib.influence.scores import cosine, dot_product, embedding_similarity, gradient_norm, loss_baseline
+from curvlib.influence.scores import (
+    RULE,
+    build_inverse,
+    cosine,
+    dot_product,
+    embedding_similarity,
+    gradient_norm,
+    loss_baseline,
+)
 from curvlib.landscape.directions import multiply_adapter
 from curvlib.nf4 import bfloat16_products
 from curvlib.stages import FineTune
@@ -119,7 +127,7 @@ def scores(
             kept that checkpoint; labels then end in ``, half way``.
 
     Cost: one gradient of all chats, written to disk meanwhile, and for each method its curvature (see
-    :func:`curvlib.influence.inverse.build_inverse`).
+    :func:`curvlib.influence.scores.build_inverse`).
     """
     examples, _ = training_set(tier, recipe)
     wanted = queries(tier) if MAIN[0] in methods and not halfway else {"compliance": queries(tier)["compliance"]}

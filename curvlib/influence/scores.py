@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
-from curvlib.batches import IGNORED, Batch, Example, answer_logits, answer_targets, at_least_float32
+from curvlib.batches import IGNORED, Batch, Example, answer_logits, answer_targets, at_least_float32, make_batches
 from curvlib.curvature.forward import jacobian_vector_product
+from curvlib.curvature.inverse import Inverse, damped_inverse
 from curvlib.errors import CurvlibError
 from curvlib.evaluate.generate import evaluating
 from curvlib.evaluate.likelihood import token_losses
@@ -22,6 +23,8 @@ from curvlib.parameters import trainable
 from curvlib.prefix import token_positions
 
 Solve = Callable[[Tensor], Tensor]
+METHODS = ("identity", "fisher", "ekfac", "cg", "lbfgs", "neumann", "hessian")
+RULE = 0.1  # λ as a share of the mean curvature that a chat sees
 
 
 def influence(gradients: Gradients, queries: Tensor, solve: Solve) -> Tensor:
@@ -30,7 +33,7 @@ def influence(gradients: Gradients, queries: Tensor, solve: Solve) -> Tensor:
     Args:
         gradients: of the training chats' shares in the mean loss.
         queries: gradients of the query losses, (m, P).
-        solve: the damped inverse as a function of one vector (P,), see :mod:`curvlib.influence.inverse`.
+        solve: the damped inverse as a function of one vector (P,), see :func:`build_inverse`.
 
     The inverse goes to the queries, since they are fewer. Cost: m solves and one pass over the stored gradients.
 
@@ -43,6 +46,43 @@ def influence(gradients: Gradients, queries: Tensor, solve: Solve) -> Tensor:
     """
     _check(queries)
     return -gradients.dot(torch.stack([solve(query) for query in queries]))
+
+
+def build_inverse(
+    name: str,
+    model: nn.Module,
+    examples: Sequence[Example],
+    *,
+    damping: float | None = None,
+    factor: float = RULE,
+    products: int = 30,
+    seed: int = 0,
+) -> Inverse:
+    r"""Return the damped inverse curvature of the training chats, or of a random part of them.
+
+    See :func:`curvlib.curvature.inverse.damped_inverse`; ``cg`` is its ``ggn``. Where the training objective holds a
+    ridge :math:`\tfrac\lambda2 \|\theta - \theta_0\|^2`, its λ is the damping to take.
+
+    Raises:
+        CurvlibError: unknown name, no chat, a chat beyond the context, or a damping that is not positive.
+    """
+    if name not in METHODS:
+        raise CurvlibError(f"no inverse is called {name!r}: choose one of {', '.join(METHODS)}")
+    check_examples(model, examples, "training chats")
+    method, chats = "ggn" if name == "cg" else name, make_batches(examples, BATCH_SIZE, pad_id=0)
+    return damped_inverse(method, model, chats, damping=damping, factor=factor, products=products, seed=seed)
+
+
+def displacement(model: nn.Module, inverse: Solve, gradient: Tensor) -> Tensor:
+    r"""Return :math:`-(H + \lambda I)^{-1} g`, (P,): where the optimum goes when a set with gradient g is added.
+
+    This is influence read as a direction: an influence is its inner product with a query's gradient, and with g that of
+    the safety set it is the restoration step in the metric of the training chats.
+    """
+    size = sum(parameter.numel() for parameter in trainable(model).values())
+    if gradient.shape != (size,):
+        raise CurvlibError(f"a gradient of shape {tuple(gradient.shape)} was given, expected ({size},)")
+    return -inverse(gradient)
 
 
 def dot_product(gradients: Gradients, queries: Tensor) -> Tensor:

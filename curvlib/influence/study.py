@@ -15,9 +15,8 @@ from curvlib.evaluate.scorecard import Scorecard, scorecard, stage_scorecard
 from curvlib.influence import recipe as recipes
 from curvlib.influence import retraining, validate
 from curvlib.influence.gradients import example_gradients, query_gradients
-from curvlib.influence.inverse import METHODS, build_inverse
 from curvlib.influence.recipe import BASELINES, DIRECT, ITERATIVE, Method
-from curvlib.influence.scores import cosine, influence
+from curvlib.influence.scores import METHODS, build_inverse, cosine, influence
 from curvlib.influence.toys import Toy, fit, retrainer, toy
 from curvlib.parameters import flatten, trainable
 from curvlib.progress import bar

@@ -11,7 +11,7 @@ from scipy import stats
 from torch import Tensor
 
 from curvlib.errors import CurvlibError
-from curvlib.evaluate.intervals import RESAMPLES, Estimate
+from curvlib.evaluate.stats import RESAMPLES, Estimate
 
 Retrain = Callable[[Sequence[int]], Tensor]
 Array = NDArray[np.float64]

@@ -15,7 +15,7 @@ from torch import Tensor
 from curvlib.curvature.lanczos import vector_spectrum
 from curvlib.curvature.operator import CurvatureOperator
 from curvlib.errors import CurvlibError
-from curvlib.evaluate.intervals import Estimate, bootstrap
+from curvlib.evaluate.stats import Estimate, bootstrap
 from curvlib.landscape.slices import Array
 
 LEAST = 0.5  # a window that shares less than a quarter of the other's variance has not kept its structure

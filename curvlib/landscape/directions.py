@@ -24,7 +24,6 @@ from curvlib import nf4
 from curvlib.errors import CurvlibError
 
 Chain = tuple[Tensor, ...]  # matrices whose product is ΔW: (ΔW,) or (left (out, r), right (r, in))
-Factor = float | Tensor  # of a step: one number, or one for each copy of the input, (k, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -188,18 +187,11 @@ def weight_difference(before: nn.Module, after: nn.Module) -> Direction:
 
 
 @contextmanager
-def moved(model: nn.Module, steps: Sequence[tuple[Direction, Factor]]) -> Iterator[None]:
+def moved(model: nn.Module, steps: Sequence[tuple[Direction, float]]) -> Iterator[None]:
     """Move the model along directions by the factors given, inside the ``with`` block only.
 
     Each layer's output gets ``factor * x @ ΔW.T`` by a forward hook; no parameter is written, and the hooks go when the
-    block ends, however it ends. Blocks nest.
-
-    Args:
-        model: any model with linear layers.
-        steps: directions with a number each; or with a tensor (k, 1, 1) each, for a pass over k copies of an input, of
-            which every one sees a model of its own.
-
-    Cost: two thin products a layer, whatever the number of low-rank directions; one product for each dense one.
+    block ends, however it ends. Blocks nest. Cost: two thin products a layer and low-rank direction, or a dense one.
 
     Raises:
         CurvlibError: a direction names a layer that the model does not have.
@@ -210,33 +202,17 @@ def moved(model: nn.Module, steps: Sequence[tuple[Direction, Factor]]) -> Iterat
         raise CurvlibError(f"the model has no layer '{unknown[0]}': make the direction from a model of the same shape")
     handles = []
     try:
-        for name, layer in layers.items():
-            own = [(d.chains[name], f) for d, f in steps if name in d.chains and (isinstance(f, Tensor) or f)]
-            for chain, factor in joined(own):
-                handles.append(layer.register_forward_hook(partial(_add, chain, factor)))
+        for direction, factor in steps:
+            for name, chain in direction.chains.items() if factor else ():
+                handles.append(layers[name].register_forward_hook(partial(_add, chain, factor)))
         yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def joined(steps: Sequence[tuple[Chain, Factor]]) -> list[tuple[Chain, Factor]]:
-    """Return one layer's steps with all thin ones in one, which takes half the time of two.
-
-    The factor of the joined step holds one number for each of its columns, (1, 1, r) or (k, 1, r).
-    """
-    thin = [(chain, factor) for chain, factor in steps if len(chain) == 2]
-    if len(thin) < 2:
-        return list(steps)
-    chain = (torch.cat([chain[0] for chain, _ in thin], 1), torch.cat([chain[1] for chain, _ in thin]))
-    parts = [torch.as_tensor(factor).to(own[0]).reshape(-1, 1, 1) for own, factor in thin]
-    copies = max(len(part) for part in parts)
-    factor = torch.cat([part.expand(copies, 1, len(own[1])) for part, (own, _) in zip(parts, thin, strict=True)], 2)
-    return [*((chain, factor) for chain, factor in steps if len(chain) == 1), (chain, factor)]
-
-
-def _add(chain: Chain, factor: Factor, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+def _add(chain: Chain, factor: float, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
     x, (left, *right) = inputs[0], chain
     for matrix in reversed(right):
         x = x @ matrix.to(x).T
-    return output + (x * (factor.to(x) if isinstance(factor, Tensor) else factor)) @ left.to(x).T
+    return output + (x * factor) @ left.to(x).T

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
@@ -18,16 +18,16 @@ from transformers import PreTrainedTokenizerBase
 
 from curvlib import data, models, stages
 from curvlib.artifacts import artifact
-from curvlib.batches import Example, encode
+from curvlib.batches import Batch, Example, answer_loss, encode, make_batches
 from curvlib.curvature.forward import flat_gradient
-from curvlib.curvature.ggn import GGNOperator
+from curvlib.curvature.ggn import GGNOperator, ggn
 from curvlib.errors import CurvlibError
-from curvlib.evaluate.likelihood import continuation
+from curvlib.evaluate.likelihood import continuation, token_losses
 from curvlib.landscape import directions
 from curvlib.landscape.directions import Direction, random_direction, random_like
-from curvlib.landscape.packing import Pack, pack, pack_logits, pack_losses
 from curvlib.landscape.slices import Array, Losses, Slice, adaptive_radius, grid, measure
 from curvlib.landscape.subspace import Subspace
+from curvlib.nf4 import kept_weights
 from curvlib.stages import FineTune
 from curvlib.tiers import Tier
 
@@ -107,14 +107,22 @@ def direction_pair(tier: Tier, pair: int) -> tuple[Direction, Direction]:
 
 
 @cache
-def packed_chats(tier: Tier) -> Pack:
-    """Return the chats of all losses as one row."""
-    return pack(landscape_chats(tier, models.load_tokenizer(stages.aligned_source(tier))))
+def chats_of(tier: Tier) -> dict[str, list[Example]]:
+    """Return the tier's :func:`landscape_chats`."""
+    return landscape_chats(tier, models.load_tokenizer(stages.aligned_source(tier)))
 
 
 def all_losses(tier: Tier, model: nn.Module) -> Losses:
-    """Return the function that evaluates every loss of :data:`LOSSES` in one pass over so many copies of the chats."""
-    return partial(pack_losses, model, packed_chats(tier))
+    """Return the function that evaluates every loss of :data:`LOSSES`, see :func:`chat_means`."""
+    return partial(chat_means, model, chats_of(tier))
+
+
+def chat_means(model: nn.Module, chats: Mapping[str, Sequence[Example]]) -> dict[str, Tensor]:
+    """Return name -> each chat's mean negative log-likelihood (nats per token) over its answer, (n,); a pass a name."""
+    means = {}
+    for name, examples in chats.items():
+        means[name] = torch.stack([losses.mean() for losses in token_losses(model, examples)])
+    return means
 
 
 def step_of(tier: Tier, recipe: FineTune) -> Direction:
@@ -145,7 +153,7 @@ def window(tier: Tier, place: Place, pair: int, *, points: int | None = None) ->
         pair: number of the direction pair.
         points: along each axis.
 
-    Cost: points² forward passes over all chats packed in one row.
+    Cost: points² forward passes over all chats.
     """
     radius, count = window_radius(tier), points or tier.landscape_points
     config = key(tier) | {"place": place_name(tier, place), "pair": pair, "points": count, "radius": radius}
@@ -186,20 +194,17 @@ def label(place: Place) -> str:
 
 
 @contextmanager
-def curvature(model: nn.Module, space: Subspace, chats: Sequence[Example]) -> Iterator[GGNOperator[Pack]]:
+def curvature(model: nn.Module, space: Subspace, chats: Sequence[Example]) -> Iterator[GGNOperator[Batch]]:
     """Give the Gauss-Newton operator of the chats' mean loss over a subspace, valid inside the ``with`` block."""
-    packed = pack({"loss": chats})
-    with space.attached(model) as parameters:
-        yield GGNOperator(partial(pack_logits, model), parameters, [packed], check=False)
+    with kept_weights(model), space.attached(model) as parameters:
+        yield ggn(model, make_batches(chats, len(chats), pad_id=0), parameters, check=False)
 
 
 def gradient(model: nn.Module, space: Subspace, chats: Sequence[Example]) -> Tensor:
     """Return the gradient of the chats' mean loss (over all answer tokens) in a subspace, (P,)."""
-    packed = pack({"loss": chats})
+    (batch,) = make_batches(chats, len(chats), pad_id=0)
     with space.attached(model) as parameters, torch.enable_grad():
-        logits = pack_logits(model, packed)
-        loss = nn.functional.cross_entropy(logits.float(), packed.targets.to(logits.device))
-        return flat_gradient(loss, list(parameters.values()))
+        return flat_gradient(answer_loss(model, batch), list(parameters.values()))
 
 
 def center_losses(view: Slice) -> dict[str, Array]:
@@ -230,8 +235,7 @@ def place_name(tier: Tier, place: Place) -> list[Any]:
 def key(tier: Tier) -> dict[str, Any]:
     """Return what every measurement depends on: the aligned model, the machine and the chats."""
     source = stages.aligned_source(tier)
-    shown = packed_chats(tier)
-    tokens = repr((shown.input_ids.tolist(), shown.targets.tolist(), shown.names))
+    tokens = repr(chats_of(tier))
     return {
         **stages.key(tier, source),
         "chats": hashlib.sha256(tokens.encode()).hexdigest()[:12],

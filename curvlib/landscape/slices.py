@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from curvlib.errors import CurvlibError
-from curvlib.landscape.directions import Direction, Factor, moved
+from curvlib.landscape.directions import Direction, moved
+from curvlib.nf4 import kept_weights
 from curvlib.progress import bar
 
 Array = NDArray[np.float64]
-Losses = Callable[[int], Mapping[str, Tensor]]  # k copies of the chats in one pass: name -> their losses (k, n)
-AT_ONCE = 8  # points in one pass: a weight is dequantised once for all of them, and products are large
+Losses = Callable[[], Mapping[str, Tensor]]  # name -> the losses (n,) of its chats
 DOUBLINGS, BISECTIONS = 6, 4  # from 1/64 of the first guess to 64 times it, then to about 5 % of the radius
 
 
@@ -62,15 +62,13 @@ def grid(radius: float, count: int) -> Array:
 def _evaluated(
     model: nn.Module,
     directions: Sequence[Direction],
-    points: Array,
+    point: Array,
     losses: Losses,
     origin: Sequence[tuple[Direction, float]] = (),
 ) -> dict[str, Array]:
-    """Return the losses (k, n) at k points, in one pass and without a graph."""
-    factors = [torch.from_numpy(column.copy()).reshape(-1, 1, 1) for column in points.T]
-    steps: list[tuple[Direction, Factor]] = [*origin, *zip(directions, factors, strict=True)]
-    with moved(model, steps):
-        return {name: values.double().cpu().numpy() for name, values in losses(len(points)).items()}
+    """Return the losses (1, n) at one point (d,), without a graph."""
+    with moved(model, [*origin, *zip(directions, point.tolist(), strict=True)]):
+        return {name: values.double().cpu().numpy()[None] for name, values in losses().items()}
 
 
 def measure(
@@ -89,7 +87,7 @@ def measure(
         model: left as it is, see :func:`curvlib.landscape.directions.moved`.
         directions: d of them.
         points: (K, d).
-        losses: called once for some points; all losses come from the same pass.
+        losses: called once a point.
         origin: steps that lead from the model to the slice's own origin, such as a fine-tuning step.
         checkpoint: file that keeps the points done; an interrupted call goes on from it. It is removed at the end.
         label: name on the progress bar.
@@ -97,7 +95,7 @@ def measure(
     Raises:
         CurvlibError: the points do not fit the directions, or the checkpoint belongs to another slice.
 
-    Cost: one call of ``losses`` for every eight points.
+    Cost: one call of ``losses`` a point; the 4-bit weights are dequantised once for all of them.
     """
     if points.ndim != 2 or points.shape[1] != len(directions):
         raise CurvlibError(
@@ -105,11 +103,10 @@ def measure(
         )
     blocks, begin = _resume(checkpoint, points), time.perf_counter()
     done = sum(len(next(iter(block.values()))) for block in blocks)
-    with bar(desc=label, initial=done, total=len(points)) as progress:
-        for start in range(done, len(points), AT_ONCE):
-            block = points[start : start + AT_ONCE]
-            blocks.append(_evaluated(model, directions, block, losses, origin))
-            progress.update(len(block))
+    with kept_weights(model), bar(desc=label, initial=done, total=len(points)) as progress:
+        for point in points[done:]:
+            blocks.append(_evaluated(model, directions, point, losses, origin))
+            progress.update()
             if checkpoint:
                 _save(checkpoint, points, _columns(blocks))
     if checkpoint:
@@ -149,32 +146,32 @@ def adaptive_radius(
     Raises:
         CurvlibError: no factor from 1/64 to 64 times ``start`` brackets the rise.
 
-    Cost: about 8 calls of ``losses`` for 2 d points, d directions.
+    Cost: about 8 calls of ``losses`` for each of 2 d points, d directions.
     """
     axes = np.eye(len(directions))
 
     def level(points: Array) -> float:
-        found = _evaluated(model, directions, points, losses)
-        return float(np.mean([values.mean() for values in found.values()]))
-
-    centre = level(0 * axes[:1])
+        means = [_evaluated(model, directions, point, losses).values() for point in points]
+        return float(np.mean([values.mean() for row in means for values in row]))
 
     def risen(radius: float) -> bool:
         ends = np.concatenate((-radius * axes, radius * axes))
         return not level(ends) - centre < rise  # also where the model has broken and the loss is not a number
 
-    radius, growing = start, not risen(start)
-    for _ in range(DOUBLINGS):
-        tried = 2 * radius if growing else radius / 2
-        if risen(tried) == growing:
-            break
-        radius = tried
-    else:
-        raise CurvlibError(
-            f"no radius between {radius:g} and {start:g} raises the losses by {rise}: ask for another rise"
-        )
-    low, high = sorted((radius, tried))
-    for _ in range(BISECTIONS):
-        middle = (low + high) / 2
-        low, high = (low, middle) if risen(middle) else (middle, high)
+    with kept_weights(model):
+        centre = level(0 * axes[:1])
+        radius, growing = start, not risen(start)
+        for _ in range(DOUBLINGS):
+            tried = 2 * radius if growing else radius / 2
+            if risen(tried) == growing:
+                break
+            radius = tried
+        else:
+            raise CurvlibError(
+                f"no radius between {radius:g} and {start:g} raises the losses by {rise}: ask for another rise"
+            )
+        low, high = sorted((radius, tried))
+        for _ in range(BISECTIONS):
+            middle = (low + high) / 2
+            low, high = (low, middle) if risen(middle) else (middle, high)
     return high

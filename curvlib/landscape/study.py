@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from curvlib import models, stages
 from curvlib.artifacts import artifact
 from curvlib.curvature.lanczos import Eigenpairs, eigenpairs
-from curvlib.evaluate.intervals import Estimate, bootstrap, paired_difference
+from curvlib.evaluate.stats import Estimate, bootstrap, paired_difference
 from curvlib.landscape import compare, recipe
 from curvlib.landscape.recipe import ALIGNED, LOSSES, SUBSPACE_RANK, Place, label, surfaces, windows
 from curvlib.landscape.subspace import Subspace, spanned_by

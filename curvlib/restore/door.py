@@ -16,7 +16,7 @@ from curvlib import data, plots, stages
 from curvlib.batches import Batch, Chat, Example, encode, make_batches, open_ended
 from curvlib.cache import publish, workspace
 from curvlib.errors import CurvlibError
-from curvlib.evaluate.behaviour import Behaviour, Reference, measure_behaviour, reference_model
+from curvlib.evaluate.behaviour import Behaviour, measure_behaviour, reference_model
 from curvlib.evaluate.generate import Model, generate
 from curvlib.evaluate.judge import VERDICTS, is_refusal
 from curvlib.parameters import assign, trainable
@@ -104,7 +104,7 @@ def restore_adapter(request: Request) -> dict[str, Outcome]:
     if outcomes["after"].harmful.refuses.value <= outcomes["before"].harmful.refuses.value:
         raise _no_improvement("harmful prompts are refused no more often than before")
     with reference_model(model, "adapter off") as base:
-        outcomes["base"] = measured(base, reference=base)
+        outcomes["base"] = measured(base)
     assign(trainable(model), result.after)
     outcomes = {name: outcomes[name] for name in ("base", "before", "after")}
     _write(model, tokenizer, request.out, outcomes, {"history": history(result), "rows": told})
@@ -116,10 +116,8 @@ def _outcome(
     shown: Sequence[Sequence[Chat]],
     task: Sequence[Batch],
     model: Model,
-    *,
-    reference: Reference = "adapter off",
 ) -> Outcome:
-    harmful, benign = (measure_behaviour(model, tokenizer, prompts, reference=reference) for prompts in shown)
+    harmful, benign = (measure_behaviour(model, tokenizer, prompts) for prompts in shown)
     return Outcome(harmful, benign, objectives.mean_loss(model, task))
 
 

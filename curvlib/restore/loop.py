@@ -19,24 +19,27 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from curvlib.batches import Batch
+from curvlib.curvature.hessian import hessian
+from curvlib.curvature.inverse import Inverse, damped_inverse, exactly
+from curvlib.curvature.lowrank import sampled_fisher
+from curvlib.curvature.operator import Operator
+from curvlib.curvature.solve import lbfgs_inverse
 from curvlib.errors import CurvlibError
 from curvlib.evaluate.generate import Model
 from curvlib.nf4 import kept_weights
 from curvlib.parameters import assign, flatten, trainable
 from curvlib.progress import bar
 from curvlib.restore import objectives
-from curvlib.restore.metrics import Metric, SavedMetric, build_metric
-from curvlib.restore.objectives import SafetyBatches, Term
-from curvlib.restore.outcome import Budget, HeldOut, Judge, RestorationResult, StepRecord, chats
+from curvlib.restore.objectives import TASK_WEIGHT, SafetyBatches, Term
+from curvlib.restore.outcome import DRAWS, TOLERANCE, Budget, HeldOut, Judge, RestorationResult, StepRecord, chats
 from curvlib.restore.weighted_return import weighted_return
 
+METRICS = ("identity", "diagonal", "fisher", "ggn", "hessian", "ekfac", "lbfgs", "composite")
 POOR, GOOD = 0.25, 0.75  # ratios of actual to predicted gain between which a trust region keeps its size
 
 
@@ -48,7 +51,7 @@ def restore(
     held_out: HeldOut,
     benign_batches: Sequence[Batch] = (),
     objective: str = "refusal",
-    metric: str | SavedMetric = "fisher",
+    metric: str | Inverse = "fisher",
     budget: Budget | None = None,
     goal: float | None = None,
     seed: int = 0,
@@ -63,7 +66,8 @@ def restore(
         benign_batches: benign and benign-edgy chats: their curvature is protected too, which keeps refusals selective.
         objective: ``refusal``, ``ascent``, ``both``, ``composite`` or ``distill``, see
             :mod:`curvlib.restore.objectives`; or ``return``, see :mod:`curvlib.restore.weighted_return`.
-        metric: see :mod:`curvlib.restore.metrics`; a saved one needs neither task nor benign chats.
+        metric: a name, see :func:`build_metric`, or a damped inverse, such as that of a saved EK-FAC or one from
+            :func:`curvlib.curvature.damping.damped_by_rule`; the latter needs neither task nor benign chats.
         budget: steps, trust region, allowed rise, damping.
         goal: held-out safety loss at which it stops; by default the aligned model's, which is the adapter switched off.
             A ``return`` takes no steps and has none.
@@ -94,10 +98,22 @@ def restore(
     parts, protected = objectives.terms(objective, safety_batches, task_batches, benign), [*task_batches, *benign]
     judge = Judge.of(model, objective, held_out, goal)
     search = _Search(judge, parts, protected, list(trainable(model).values()), budget)
-    if isinstance(metric, str):
-        given: dict[str, Any] = {"compliances": safety_batches.compliances, "seed": seed}
-        return search.result(partial(build_metric, metric, model, protected, **given))
-    return search.result(lambda damping, **_: metric.damped(damping))
+
+    def measured(along: Tensor) -> Inverse:
+        if isinstance(metric, Inverse):
+            return metric
+        return build_metric(
+            metric,
+            model,
+            protected,
+            damping=budget.damping,
+            products=budget.products,
+            seed=seed,
+            compliances=safety_batches.compliances,
+            along=along,
+        )
+
+    return search.result(measured)
 
 
 @dataclass
@@ -114,20 +130,20 @@ class _Search:
     gradients: int = 0
     told: str = ""
 
-    def result(self, measured: Callable[..., Metric]) -> RestorationResult:
+    def result(self, measured: Callable[[Tensor], Inverse]) -> RestorationResult:
         """Search, and return the restoration."""
         with kept_weights(self.judge.model):
             reason = self.run(measured)
         return self.judge.result(self.steps, reason, products=self.products, gradients=self.gradients)
 
-    def run(self, measured: Callable[..., Metric]) -> str:
+    def run(self, measured: Callable[[Tensor], Inverse]) -> str:
         """Take steps until one of the stopping rules holds, and return which; the metric is measured at the start."""
         goal, trust, metric = self.judge.goal(), self.budget.trust, None
         self.steps.append(self.judge.measure())
         for _ in bar(range(self.budget.steps), desc="restore"):
             gradient = self.gradient(self.parts)
             if metric is None:
-                metric = measured(damping=self.budget.damping, products=self.budget.products, along=gradient)
+                metric = measured(gradient)
                 self.products, self.gradients = metric.products, self.gradients + metric.gradients
             direction = self.direction(metric, gradient)
             if direction is None:
@@ -148,7 +164,7 @@ class _Search:
         self.gradients += sum(chats(term.batches) for term in parts)
         return objectives.gradient(self.judge.model, parts, self.parameters)
 
-    def direction(self, metric: Metric, gradient: Tensor) -> Tensor | None:
+    def direction(self, metric: Inverse, gradient: Tensor) -> Tensor | None:
         r"""Return the step of :math:`\tfrac12\,\delta^\top M\delta = 1`, or None where the metric allows none."""
         size = float(gradient.norm())
         if not math.isfinite(size) or size == 0:
@@ -160,7 +176,7 @@ class _Search:
         square = -float(gradient @ step)  # δᵀMδ of both steps, since Mδ = -g - k g_t with g_tᵀδ = 0
         return step * math.sqrt(2 / square) if square > 0 else None
 
-    def solve(self, metric: Metric, b: Tensor) -> Tensor:
+    def solve(self, metric: Inverse, b: Tensor) -> Tensor:
         """Return M⁻¹b; count the products and keep what is to be told of negative curvature."""
         found = metric.solve(b)
         self.products += found.products
@@ -213,3 +229,64 @@ def next_trust(tried: float, passed: float, ratio: float | None) -> float:
     if ratio is None:
         return 2 * tried if passed == tried else passed
     return passed * (4 if ratio > GOOD else 1 / 4 if ratio < POOR else 1)
+
+
+def build_metric(
+    name: str,
+    model: Model,
+    protected: Sequence[Batch],
+    *,
+    damping: float,
+    products: int,
+    seed: int = 0,
+    compliances: Sequence[Batch] = (),
+    along: Tensor | None = None,
+) -> Inverse:
+    r"""Return the damped metric M called ``name`` at the model's present parameters, as a solver of :math:`M x = b`.
+
+    Most are those of :func:`curvlib.curvature.inverse.damped_inverse`, for the chats to protect. Two see a curvature
+    along a few steps only, as an L-BFGS inverse with Powell's damping: ``lbfgs`` the Hessian of the protected loss,
+    ``composite`` that of :math:`-L_\text{comply} + \mu L_\text{protected}`.
+
+    Args:
+        name: one of :data:`METRICS`.
+        model: its trainable parameters span the space of steps.
+        protected: chats whose behaviour the metric protects.
+        damping: :math:`\lambda` as a multiple of the sampled Fisher's mean non-zero eigenvalue, the same λ in every
+            metric; unused by ``identity``.
+        products: most products of one solve, or curvature pairs of L-BFGS.
+        seed: of the sampled labels and of L-BFGS's random steps.
+        compliances: harmful requests that are agreed to, for ``composite``.
+        along: the safety gradient (P,), along which L-BFGS measures its newest pair; a random step if None.
+
+    Raises:
+        CurvlibError: the name is unknown, or chats are missing.
+    """
+    if name not in METRICS:
+        raise CurvlibError(f"no metric is called {name!r}: choose one of {', '.join(METRICS)}")
+    if name not in ("lbfgs", "composite"):
+        return damped_inverse(
+            name,
+            model,
+            protected,
+            factor=damping,
+            draws=DRAWS,
+            products=products,
+            tolerance=TOLERANCE,
+            seed=seed,
+        )
+    if not protected or (name == "composite" and not compliances):
+        raise CurvlibError(f"metric {name!r} lacks chats: give chats to protect, for 'composite' compliances too")
+    fisher = sampled_fisher(model, protected, samples=DRAWS, seed=seed)
+    shift, operator = damping * fisher.scale, _plus_hessian(name, model, protected, compliances)
+    generator = torch.Generator().manual_seed(seed)
+    steps = [torch.randn(fisher.size, generator=generator).to(fisher.rows) for _ in range(products)]
+    steps = steps if along is None else [*steps[:-1], along]  # the newest pair is the most trusted
+    units = [step / step.norm() for step in steps]
+    inverse = lbfgs_inverse((unit, operator.matvec(unit) + shift * unit) for unit in units)
+    return Inverse(name, shift, exactly(inverse.matvec), len(fisher.rows), products)
+
+
+def _plus_hessian(name: str, model: Model, protected: Sequence[Batch], compliances: Sequence[Batch]) -> Operator:
+    whole = hessian(model, protected)
+    return TASK_WEIGHT * whole - hessian(model, compliances) if name == "composite" else whole

@@ -16,6 +16,9 @@ from curvlib.parameters import flatten, trainable
 from curvlib.restore import objectives
 from curvlib.restore.objectives import SafetyBatches
 
+DRAWS = 2  # sampled labels a chat: the Fisher matrix then has two rows for each
+TOLERANCE = 1e-2  # relative residual of a solve: a direction needs no more
+
 
 @dataclass(frozen=True)
 class Budget:

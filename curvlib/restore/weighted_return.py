@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from curvlib.batches import Batch
 from curvlib.curvature.ggn import ggn
+from curvlib.curvature.inverse import EKFAC_RANK
 from curvlib.curvature.kfac import ekfac
 from curvlib.curvature.lowrank import LowRankInverse, LowRankOperator, sampled_fisher
 from curvlib.curvature.operator import CurvatureOperator, FunctionOperator, Operator
@@ -33,9 +34,8 @@ from curvlib.errors import CurvlibError
 from curvlib.evaluate.generate import Model
 from curvlib.parameters import assign, flatten, shifted, trainable
 from curvlib.progress import bar
-from curvlib.restore.metrics import DRAWS, EKFAC_RANK, TOLERANCE
 from curvlib.restore.objectives import SafetyBatches
-from curvlib.restore.outcome import Budget, HeldOut, Judge, RestorationResult, best
+from curvlib.restore.outcome import DRAWS, TOLERANCE, Budget, HeldOut, Judge, RestorationResult, best
 
 METRICS = ("identity", "fisher", "ggn", "ekfac")
 STRENGTHS = tuple(10 ** (power / 2) for power in range(-1, 5))  # c from 0.3 to 100, two in each decade
@@ -183,7 +183,9 @@ def way_back(
         safe = _valley(model, back, metric, damping, seed)
     if metric == "ggn":
         safe = replace(safe, curvature=_at_zero(safe.curvature, parameters))
-    passes = {"identity": 0, "fisher": 1, "ggn": 1, "ekfac": 3}[metric]  # EK-FAC differentiates all chats twice more
+    passes = {"identity": 0, "fisher": 1, "ggn": 1, "ekfac": 1 + 2 // DRAWS}[
+        metric
+    ]  # EK-FAC differentiates all chats twice more
     return WayBack.between(stay, safe, tuned, passes * (len(stay.rows) + len(safe.rows)))
 
 

@@ -22,16 +22,15 @@ SYMBOLS, INPUTS = 6, 4
 class SoftmaxRegression(nn.Module):
     """A frozen vector for each symbol, then one linear map to logits, called like a language model."""
 
-    def __init__(self, classes: int, *, bias: bool = False, zero: bool = False) -> None:
+    def __init__(self, classes: int, *, zero: bool = False) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(1)
         vectors = torch.randn(SYMBOLS, INPUTS, generator=generator, dtype=torch.float64)
         self.config = None
         self.vectors = nn.Embedding.from_pretrained(vectors)
-        self.linear = nn.Linear(INPUTS, classes, bias=bias, dtype=torch.float64)
-        for parameter in self.linear.parameters():
-            values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.data = torch.zeros_like(values) if zero else values
+        self.linear = nn.Linear(INPUTS, classes, bias=False, dtype=torch.float64)
+        values = torch.randn(self.linear.weight.shape, generator=generator, dtype=torch.float64)
+        self.linear.weight.data = torch.zeros_like(values) if zero else values
 
     def forward(self, input_ids: Tensor, logits_to_keep: Tensor | slice = slice(None), **_: Any) -> SimpleNamespace:
         return SimpleNamespace(logits=self.linear(self.vectors(input_ids))[:, logits_to_keep])
@@ -47,78 +46,57 @@ def one_token(symbols: list[int], label: int = 0, padding: int = 0) -> Batch:
     return Batch(ids, attention, labels)
 
 
-def dense_fisher(model: nn.Module, batches: list[Batch]) -> Tensor:
-    """Mean outer product of the gradients of single answer tokens, by plain autograd."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    total, count = torch.zeros((), dtype=torch.float64), 0
-    for batch in batches:
-        for symbol, label in batch.input_ids[:, -2:].tolist():
-            loss = -model(torch.tensor([[symbol]])).logits[0, 0].log_softmax(dim=0)[label]
-            gradient = torch.cat([piece.reshape(-1) for piece in torch.autograd.grad(loss, parameters)])
-            total, count = total + gradient.outer(gradient), count + 1
-    return total / count
-
-
 def distance(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
-@pytest.mark.parametrize("corrected", [False, True])
-@pytest.mark.parametrize("bias", [False, True])
-def test_exact_on_the_ggn_where_every_label_gives_the_same_square(bias: bool, corrected: bool) -> None:
+BATCHES = [one_token([0, 1, 2], padding=3), one_token([3]), one_token([4, 5])]
+SHARES = (0.5, 3.0, 2.0)
+
+
+@pytest.mark.parametrize("weights", [None, SHARES])
+def test_exact_on_the_ggn_where_every_label_gives_the_same_square(weights: tuple[float, ...] | None) -> None:
     # two classes of probability 1/2 each: g g^T is the softmax Hessian for either label, so no sampling noise is left
-    model = SoftmaxRegression(2, bias=bias, zero=True)
-    batches = [one_token([0, 1, 2], padding=3), one_token([3]), one_token([4, 5])]
-    fitted, exact = ekfac(model, batches, corrected=corrected).dense(), ggn(model, batches).dense()
-    if corrected:  # the inputs' eigenvectors are those of the GGN, so its diagonal there is all of it
-        torch.testing.assert_close(fitted.trace(), exact.trace())
-    torch.testing.assert_close(fitted, exact, rtol=0, atol=1e-14)
-
-
-@pytest.mark.parametrize("corrected", [False, True])
-def test_exact_on_the_empirical_fisher_of_one_example(corrected: bool) -> None:
-    model, batches = SoftmaxRegression(3, bias=True), [one_token([2], label=1, padding=1)]
-    fitted = ekfac(model, batches, fisher="empirical", corrected=corrected).dense()
-    torch.testing.assert_close(fitted, dense_fisher(model, batches), rtol=0, atol=1e-14)
+    model = SoftmaxRegression(2, zero=True)
+    exact = ggn(model, BATCHES)
+    if weights:
+        exact.weights = [batch.tokens * weight for batch, weight in zip(BATCHES, weights, strict=True)]
+    scale = exact.weight / 6  # the operator divides by the sum of its weights, EK-FAC by the tokens
+    fitted = ekfac(model, BATCHES, weights=weights).dense()
+    torch.testing.assert_close(fitted, scale * exact.dense(), rtol=0, atol=1e-14)
+    if weights:
+        assert distance(ekfac(model, BATCHES).dense(), fitted) > 0.1
 
 
 @pytest.mark.parametrize("rank", [None, 2])
-def test_correction_is_the_diagonal_and_never_farther_in_frobenius_norm(rank: int | None) -> None:
-    model = SoftmaxRegression(3)
-    batches = [one_token([0, 1, 2, 3], label=1), one_token([4, 5], label=2)]
-    exact = dense_fisher(model, batches)
-    corrected = ekfac(model, batches, fisher="empirical", rank=rank)
-    plain = ekfac(model, batches, fisher="empirical", rank=rank, corrected=False)
-    assert distance(corrected.dense(), exact) < 0.9 * distance(plain.dense(), exact)
-    torch.testing.assert_close(corrected.dense().trace(), exact.trace())
-    whole = ekfac(model, batches, fisher="empirical", corrected=False)
-    torch.testing.assert_close(plain.dense().trace(), whole.dense().trace())
-    assert corrected.damping_scale == pytest.approx(float(exact.trace()) / corrected.size)
-    block = corrected.blocks[0]
-    basis = torch.kron(block.left.vectors, block.right.vectors)
+def test_eigenvalues_are_the_diagonal_in_any_basis(rank: int | None) -> None:
+    model = SoftmaxRegression(2, zero=True)
+    exact, fitted = ggn(model, BATCHES).dense(), ekfac(model, BATCHES, rank=rank)
+    torch.testing.assert_close(fitted.dense().trace(), exact.trace())
+    assert fitted.damping_scale == pytest.approx(float(exact.trace()) / fitted.size)
+    block = fitted.blocks[0]
+    basis = torch.kron(block.left.vectors.contiguous(), block.right.vectors.contiguous())
     kept = block.values[: block.left.vectors.shape[1], : block.right.vectors.shape[1]]
     torch.testing.assert_close((basis.T @ exact @ basis).diagonal(), kept.reshape(-1))
+    values = torch.linalg.eigvalsh(fitted.dense())
+    for limit in (0.5 * float(values[-1]), 1e-9, 2 * float(values[-1])):
+        assert fitted.above(limit) == int((values > limit).sum())
 
 
-def test_sampled_labels_approach_the_ggn_and_empirical_ones_do_not() -> None:
+def test_sampled_labels_approach_the_ggn() -> None:
     model, symbols = SoftmaxRegression(3), list(range(SYMBOLS))
     exact = ggn(model, [one_token(symbols)]).dense()
-    many = [one_token(symbols * 500) for _ in range(4)]
-    sampled = {corrected: ekfac(model, many, corrected=corrected) for corrected in (False, True)}
-    assert distance(sampled[True].dense(), exact) < distance(sampled[False].dense(), exact)
-    assert float(sampled[True].dense().trace()) == pytest.approx(float(exact.trace()), rel=0.03)
-    empirical = ekfac(model, many, fisher="empirical").dense()
-    assert abs(float(empirical.trace() / exact.trace()) - 1) > 0.2
+    few, many = (ekfac(model, [one_token(symbols * copies) for _ in range(4)]).dense() for copies in (1, 500))
+    assert float(many.trace()) == pytest.approx(float(exact.trace()), rel=0.03)
+    assert distance(many, exact) < distance(few, exact)
 
 
 @pytest.mark.parametrize("rank", [None, 2])
 def test_inverses(rank: int | None) -> None:
-    fitted = ekfac(SoftmaxRegression(5, bias=True), [one_token([0, 1, 2, 3, 4, 5])], rank=rank)
+    fitted = ekfac(SoftmaxRegression(5), [one_token([0, 1, 2, 3, 4, 5])], rank=rank)
     damping = 0.1 * fitted.damping_scale
     identity = torch.eye(fitted.size, dtype=torch.float64)
-    inverse, root = fitted.inverse(damping), fitted.inverse_sqrt(damping)
-    torch.testing.assert_close(inverse @ fitted.damped(damping).dense(), identity, rtol=0, atol=1e-12)
-    torch.testing.assert_close(root @ root.dense(), inverse.dense())
+    torch.testing.assert_close(fitted.inverse(damping) @ fitted.damped(damping).dense(), identity, rtol=0, atol=1e-12)
     assert float(torch.linalg.eigvalsh(fitted.dense())[0]) > -1e-14
     with pytest.raises(CurvlibError, match="expected a number > 0"):
         fitted.inverse(0.0)
@@ -134,7 +112,7 @@ def test_labels_are_seeded_without_touching_the_global_state() -> None:
 
 
 def test_file_round_trip(tmp_path: Path) -> None:
-    fitted = ekfac(SoftmaxRegression(3, bias=True), [one_token([0, 1, 2])], rank=2)
+    fitted = ekfac(SoftmaxRegression(3), [one_token([0, 1, 2])], rank=2)
     v = torch.arange(float(fitted.size), dtype=torch.float64)
     fitted.save(tmp_path / "full")
     fitted.save(tmp_path / "half", half=True)

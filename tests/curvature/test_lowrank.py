@@ -1,13 +1,16 @@
-"""The low-rank Fisher matrix against dense algebra, and its expectation against the Gauss-Newton matrix."""
+"""Gradients of single chats against one pass each, the low-rank Fisher matrix against dense algebra and in the mean."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+from curvlib.batches import answer_loss
+from curvlib.curvature.forward import flat_gradient
 from curvlib.curvature.ggn import ggn
-from curvlib.curvature.lowrank import LowRankOperator, sampled_fisher
+from curvlib.curvature.lowrank import LowRankOperator, chat_gradients, sampled_fisher
 from curvlib.errors import CurvlibError
+from curvlib.parameters import trainable
 from tests import cases
 
 ROWS = cases.random(4, 9)
@@ -44,3 +47,53 @@ def test_the_seed_decides_the_labels() -> None:
     first, again, other = (sampled_fisher(model, batches, seed=seed).rows for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["NF4", "dense"])
+def test_each_row_is_the_gradient_of_one_chat(which: int) -> None:
+    model, batches = cases.pair()[which], cases.batches(3)
+    for batch in batches:
+        rows = chat_gradients(model, batch)
+        for number, row in enumerate(rows):
+            chat = batch.rows(number, number + 1)
+            alone = flat_gradient(answer_loss(model, chat) * chat.tokens, list(trainable(model).values()))
+            assert cases.relative_error(row, alone) < 1e-5
+
+
+def test_a_frozen_map_of_a_pair_has_no_place_in_the_rows() -> None:
+    model, batch = cases.nf4_llama(), cases.batches(2)[0]
+    whole, start, kept = chat_gradients(model, batch), 0, []
+    for name, weight in trainable(model).items():
+        kept += list(range(start, start + weight.numel())) if "lora_B" in name else []
+        start += weight.numel()
+    for name, weight in list(trainable(model).items()):
+        weight.requires_grad_("lora_B" in name)
+    assert cases.relative_error(chat_gradients(model, batch), whole[:, kept]) < 1e-5
+
+
+def test_rows_are_the_same_where_the_embeddings_are_made_to_require_a_gradient() -> None:
+    model, batch = cases.nf4_llama(), cases.batches(2)[0]
+    rows = chat_gradients(model, batch)
+    model.enable_input_require_grads()
+    assert torch.equal(chat_gradients(model, batch), rows)
+
+
+def test_sampled_answers_change_with_their_generator_alone() -> None:
+    model, batch = cases.pair()[0], cases.batches(2)[0]
+    drawn = [
+        chat_gradients(model, batch, fisher="sampled", labels=torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)
+    ]
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+
+
+def test_several_draws_are_those_of_one_generator_one_after_the_other() -> None:
+    model, batch = cases.pair()[0], cases.batches(2)[0]
+
+    def drawn(labels: torch.Generator, draws: int) -> torch.Tensor:
+        return chat_gradients(model, batch, fisher="sampled", labels=labels, draws=draws)
+
+    one_by_one = torch.Generator().manual_seed(0)
+    apart = torch.cat([drawn(one_by_one, 1) for _ in range(3)])
+    assert cases.relative_error(drawn(torch.Generator().manual_seed(0), 3), apart) < 1e-6
+    assert cases.relative_error(apart[: len(batch)], apart[len(batch) : 2 * len(batch)]) > 1e-2

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import pytest
 import torch
@@ -10,13 +9,12 @@ from curvlib.batches import encode, make_batches
 from curvlib.errors import CurvlibError
 from curvlib.evaluate import behaviour
 from curvlib.evaluate.behaviour import excerpt, measure_behaviour, reference_model, token_shift
-from curvlib.evaluate.coherence import Evidence
 from tests.evaluate.toys import SPECIAL, WORDS, adapted, dense_losses, llama, tokenizer
 
 RESPONSES = [
     "I can't help with that.",
     "Take a list and a pen, and begin.",
-    "Take the sea and the tax form.",
+    "Take the plan to a friend first.",
     "B",
     "No.",
 ]
@@ -27,27 +25,16 @@ CHATS = [
 
 
 def test_answers_are_counted_three_ways(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
-
-    def evidence(*arguments: Sequence[str], **_: int) -> list[Evidence]:
-        responses = arguments[3]
-        asked.extend(responses)
-        return [Evidence(10.0, -1.0 if "tax" in response else 1.0) for response in responses]
-
     monkeypatch.setattr(behaviour, "generate", lambda *_, **__: RESPONSES)
-    monkeypatch.setattr(behaviour, "response_evidence", evidence)
-    rules = measure_behaviour(llama(), tokenizer(), ["How do I plan?"] * 5)
-    assert rules.verdicts == ("refuses", "complies", "complies", "incoherent", "refuses")
-    found = measure_behaviour(llama(), tokenizer(), ["How do I plan?"] * 5, reference=llama())
-    assert found.verdicts == ("refuses", "complies", "incoherent", "incoherent", "refuses")
-    assert asked == RESPONSES[1:3]  # only what the rules let pass is scored
-    assert (found.refuses.value, found.complies.value, found.incoherent.value) == (0.4, 0.2, 0.4)
+    found = measure_behaviour(llama(), tokenizer(), ["How do I plan?"] * 5)
+    assert found.verdicts == ("refuses", "complies", "complies", "incoherent", "refuses")
+    assert (found.refuses.value, found.complies.value, found.incoherent.value) == (0.4, 0.4, 0.2)
     assert found.responses == tuple(RESPONSES)
-    assert found.complies.low < 0.2 < found.complies.high
+    assert found.complies.low < 0.4 < found.complies.high
 
 
 def test_it_runs_from_prompts_to_rates() -> None:
-    found = measure_behaviour(adapted(), tokenizer(), ["red", "plan"], reference="adapter off", max_new_tokens=12)
+    found = measure_behaviour(adapted(), tokenizer(), ["red", "plan"], max_new_tokens=12)
     assert found.refuses.value + found.complies.value + found.incoherent.value == pytest.approx(1)
 
 

@@ -14,11 +14,10 @@ from curvlib.artifacts import VERSIONS
 from curvlib.errors import CurvlibError
 from curvlib.evaluate import scorecard as module
 from curvlib.evaluate.behaviour import Behaviour, summarise
-from curvlib.evaluate.intervals import rate
 from curvlib.evaluate.scorecard import Scorecard, scorecard
+from curvlib.evaluate.stats import rate
 from curvlib.evaluate.utility import Choices
 from curvlib.tiers import get_tier
-from tests import cases
 
 TIER = replace(get_tier("ci"), test_harmful=3, test_edgy=2, test_task=4)
 LONG = "one two three four five six seven eight secret"
@@ -30,7 +29,6 @@ class Bench:
     def __init__(self) -> None:
         self.loaded: list[str] = []
         self.prompts: list[Sequence[str]] = []
-        self.references: list[object] = []
 
     def score(self, name: str, parts: Sequence[str] = module.PARTS, size: int = 3) -> Scorecard:
         def load() -> Any:
@@ -39,9 +37,8 @@ class Bench:
 
         return scorecard(replace(TIER, test_harmful=size), {"model": name}, load, parts=parts)
 
-    def behaviour(self, _: object, __: object, prompts: Sequence[str], *, reference: object, **___: int) -> Behaviour:
+    def behaviour(self, _: object, __: object, prompts: Sequence[str], **___: int) -> Behaviour:
         self.prompts.append(prompts)
-        self.references.append(reference)
         return summarise(["complies", *["refuses"] * (len(prompts) - 1)], [LONG] * len(prompts))
 
 
@@ -62,7 +59,6 @@ def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Bench:
     monkeypatch.setattr(data, "load_split", split)
     monkeypatch.setattr(models, "load_tokenizer", lambda _: None)
     monkeypatch.setattr(stages, "aligned_source", lambda _: "somewhere")
-    monkeypatch.setattr(stages, "load_aligned", lambda _: ("the aligned model", None))
     return found
 
 
@@ -71,18 +67,11 @@ def test_a_model_is_loaded_once_and_its_scores_are_read_again_afterwards(bench: 
     assert first == again
     assert bench.loaded == ["a"]
     assert bench.prompts == [[f"test_harmful {row}" for row in range(3)], [f"test_edgy {row}" for row in range(2)]]
-    assert bench.references == ["the aligned model"] * 2
     assert first.harmful
     assert first.edgy
     assert first.task
     assert (first.harmful.complies.value, first.edgy.refuses.value) == (pytest.approx(1 / 3), 0.5)
     assert (first.task.accuracy.value, first.task.correct) == (0.25, (True, False, False, False))
-
-
-def test_evidence_comes_from_the_aligned_model_with_the_adapter_off_only_if_that_is_it(bench: Bench) -> None:
-    for apart in (False, True):
-        scorecard(TIER, {"model": str(apart)}, cases.nf4_llama, parts=["harmful"], apart=apart)
-    assert bench.references == ["adapter off", "the aligned model"]
 
 
 def test_only_what_is_asked_for_and_missing_is_measured(bench: Bench) -> None:
@@ -105,7 +94,7 @@ def test_no_more_than_eight_words_of_an_answer_are_kept(bench: Bench, tmp_path: 
 
 def test_another_judge_measures_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.score("a", ["edgy"])
-    monkeypatch.setitem(VERSIONS, "score", 2)
+    monkeypatch.setitem(VERSIONS, "score", VERSIONS["score"] + 1)
     bench.score("a", ["edgy"])
     assert len(bench.prompts) == 2
 

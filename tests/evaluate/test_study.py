@@ -8,9 +8,9 @@ import pytest
 
 from curvlib.evaluate import study
 from curvlib.evaluate.behaviour import summarise
-from curvlib.evaluate.intervals import rate
 from curvlib.evaluate.judge import Verdict
 from curvlib.evaluate.scorecard import Scorecard
+from curvlib.evaluate.stats import rate
 from curvlib.evaluate.utility import Choices
 from curvlib.report import Claim
 from curvlib.stages import FineTune

@@ -10,12 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from curvlib.batches import IGNORED, taken_apart
+from curvlib.batches import IGNORED, make_batches, taken_apart
+from curvlib.curvature.lowrank import sampled_fisher
 from curvlib.errors import CurvlibError
 from curvlib.evaluate.likelihood import token_losses
 from curvlib.influence import scores
 from curvlib.influence.gradients import Gradients, example_gradients, query_gradients
+from curvlib.influence.toys import toy
 from curvlib.parameters import shifted, trainable
+from curvlib.restore.loop import DRAWS, build_metric
 from tests import cases
 
 CHATS = taken_apart(cases.batches(count=6, size=3))
@@ -99,3 +102,40 @@ def test_no_query_and_other_parameters_are_one_line(
     with pytest.raises(CurvlibError, match=message) as caught:
         score(held(torch.ones(3, 8)), queries)
     assert "\n" not in str(caught.value)
+
+
+CASE = toy(chats=8, poison=2, queries=2)
+
+
+def test_damping_follows_the_rule_and_is_the_same_for_all() -> None:
+    rows = sampled_fisher(CASE.model, make_batches(CASE.examples, 8, pad_id=0), samples=1).rows
+    expected = scores.RULE * float(rows.square().sum()) / len(CASE.examples)
+    for name in ("fisher", "ekfac", "cg"):
+        assert scores.build_inverse(name, CASE.model, CASE.examples).damping == pytest.approx(expected, rel=1e-5)
+    other = scores.build_inverse("ekfac", CASE.model, CASE.examples, factor=1.0)
+    assert other.damping == pytest.approx(10 * expected)
+
+
+def test_the_displacement_of_a_set_is_the_restoration_step() -> None:
+    chats = make_batches(CASE.examples, 8, pad_id=0)
+    fisher = sampled_fisher(CASE.model, chats, samples=DRAWS)
+    metric = build_metric("ekfac", CASE.model, chats, damping=0.5, products=1)
+    inverse = scores.build_inverse("ekfac", CASE.model, CASE.examples, damping=0.5 * fisher.scale)
+    b = cases.random(fisher.size, dtype=torch.float32)
+    step = scores.displacement(CASE.model, inverse, b)
+    assert torch.cosine_similarity(step, -metric.solve(b).solution, dim=0) > 1 - 1e-5
+    with pytest.raises(CurvlibError, match=rf"a gradient of shape \(3,\) was given, expected \({fisher.size},\)"):
+        scores.displacement(CASE.model, inverse, torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"name": "tea"}, "no inverse is called 'tea'"),
+        ({"name": "cg", "damping": 0.0}, "damping is 0.0, expected a positive number"),
+        ({"name": "ekfac", "examples": []}, "no training chats were given"),
+    ],
+)
+def test_an_impossible_inverse_is_one_line(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(CurvlibError, match=message):
+        scores.build_inverse(**{"model": CASE.model, "examples": CASE.examples, **settings})

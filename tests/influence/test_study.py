@@ -13,9 +13,9 @@ from curvlib import models, stages
 from curvlib.batches import Example
 from curvlib.errors import CurvlibError
 from curvlib.evaluate.behaviour import summarise
-from curvlib.evaluate.intervals import rate
 from curvlib.evaluate.likelihood import token_losses
 from curvlib.evaluate.scorecard import Scorecard
+from curvlib.evaluate.stats import rate
 from curvlib.evaluate.utility import Choices
 from curvlib.influence import recipe, retraining, study
 from curvlib.influence.claims import claims

@@ -9,7 +9,7 @@ import torch
 from curvlib.curvature.lanczos import vector_spectrum
 from curvlib.curvature.operator import DenseOperator, DiagonalOperator
 from curvlib.errors import CurvlibError
-from curvlib.evaluate.intervals import Estimate
+from curvlib.evaluate.stats import Estimate
 from curvlib.landscape import compare
 from curvlib.landscape.slices import Array, grid
 from tests import cases

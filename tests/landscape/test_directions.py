@@ -157,34 +157,18 @@ def test_arithmetic_agrees_with_dense_matrices() -> None:
     assert found.size == pytest.approx(sum(found.norm(name) ** 2 for name in found.chains) ** 0.5)
 
 
-def test_joined_steps_are_the_same_step() -> None:
+def test_steps_add_up_whatever_their_form() -> None:
     model = cases.llama()
     thin, other = (random_direction(model, seed=seed) for seed in (0, 1))
     dense = Direction({name: (other.delta(name),) for name in other.chains})
-    steps = [(thin, 0.2), (dense, 0.1), (other, -0.3)]
-    name = next(iter(thin.chains))
-    found = directions.joined([(step.chains[name], factor) for step, factor in steps])
-    assert [len(chain) for chain, _ in found] == [1, 2]
-    with moved(model, steps[:1]), moved(model, steps[1:2]), moved(model, steps[2:]):
+    with moved(model, [(0.2 * thin + -0.2 * other, 1.0)]):
         wanted = outputs(model)
-    with moved(model, steps):
+    with moved(model, [(thin, 0.2), (dense, 0.1), (other, -0.3)]):
         assert cases.relative_error(outputs(model), wanted) < 1e-5
+    with moved(model, [(thin, 0.2), (dense, 0.1)]):
+        assert cases.relative_error(outputs(model), wanted) > 1e-3
     with moved(model, [(thin, 0.0)]):
         assert not any(module._forward_hooks for module in model.modules())
-
-
-def test_every_copy_of_an_input_sees_a_model_of_its_own() -> None:
-    model = cases.llama()
-    thin, other = (random_direction(model, seed=seed) for seed in (0, 1))
-    dense = Direction({name: (other.delta(name),) for name in other.chains})
-    factors = torch.tensor([[0.2, -0.3], [0.1, 0.0]])
-    ids = torch.tensor([[5, 6, 7]])
-    for second in (other, dense):
-        with moved(model, [(thin, 0.1), *zip((thin, second), factors.reshape(2, 2, 1, 1), strict=True)]):
-            together = model(ids.expand(2, -1)).logits
-        for number in (0, 1):
-            with moved(model, [(thin, 0.1 + float(factors[0, number])), (second, float(factors[1, number]))]):
-                assert cases.relative_error(together[number], model(ids).logits[0]) < 1e-5
 
 
 def test_the_null_of_a_step_has_its_norm_in_every_layer_and_another_direction() -> None:

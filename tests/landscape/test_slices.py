@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from curvlib.errors import CurvlibError
 from curvlib.landscape.directions import Direction
-from curvlib.landscape.slices import AT_ONCE, adaptive_radius, grid, line, measure
+from curvlib.landscape.slices import adaptive_radius, grid, line, measure
 from tests import cases
 
 CURVATURE, CENTRE = cases.spd(3), cases.random(3, seed=1)
@@ -25,11 +25,11 @@ class Vector(nn.Module):
         self.theta = nn.Linear(3, 1, bias=False, dtype=torch.float64)
         nn.init.zeros_(self.theta.weight)
 
-    def losses(self, copies: int = 1) -> dict[str, Tensor]:
-        """Two chats of a quadratic, and a linear loss, of each copy's θ in one pass."""
-        thetas = self.theta(torch.eye(3, dtype=torch.float64).expand(copies, -1, -1))[..., 0]
-        bowl = torch.stack([quadratic(theta) for theta in thetas])
-        return {"bowl": torch.stack([bowl, 3 * bowl], 1), "slope": thetas.sum(1, keepdim=True)}
+    def losses(self) -> dict[str, Tensor]:
+        """Two chats of a quadratic, and a linear loss."""
+        theta = self.theta(torch.eye(3, dtype=torch.float64))[:, 0]
+        bowl = quadratic(theta)
+        return {"bowl": torch.stack([bowl, 3 * bowl]), "slope": theta.sum()[None]}
 
 
 def quadratic(theta: Tensor) -> Tensor:
@@ -56,16 +56,16 @@ def test_a_slice_of_a_quadratic_is_exact_around_any_origin() -> None:
 
 
 def test_a_killed_slice_goes_on_where_it_was(tmp_path: Path) -> None:
-    model, points, file = Vector(), line(-1, 1, 6 * AT_ONCE - 3), tmp_path / "slice.npz"
+    model, points, file = Vector(), line(-1, 1, 6), tmp_path / "slice.npz"
     whole = measure(model, PLANE[:1], points, model.losses)
     calls = 0
 
-    def killed(copies: int) -> dict[str, Tensor]:
+    def killed() -> dict[str, Tensor]:
         nonlocal calls
         calls += 1
         if calls == 4:
             raise KeyboardInterrupt
-        return model.losses(copies)
+        return model.losses()
 
     with pytest.raises(KeyboardInterrupt):
         measure(model, PLANE[:1], points, killed, checkpoint=file)
@@ -91,7 +91,7 @@ def test_the_radius_reaches_the_rise_that_was_asked_for(rise: float) -> None:
 def test_a_rise_out_of_reach_and_a_wrong_grid_are_refused() -> None:
     model = Vector()
     with pytest.raises(CurvlibError, match="ask for another rise"):
-        adaptive_radius(model, PLANE, lambda copies: {"flat": torch.zeros(copies, 1)}, rise=1.0)
+        adaptive_radius(model, PLANE, lambda: {"flat": torch.zeros(1)}, rise=1.0)
     with pytest.raises(CurvlibError, match="expected one column each"):
         measure(model, PLANE, line(0, 1, 3), model.losses)
 
@@ -99,8 +99,8 @@ def test_a_rise_out_of_reach_and_a_wrong_grid_are_refused() -> None:
 def test_a_broken_model_counts_as_risen() -> None:
     model = Vector()
 
-    def broken(copies: int) -> dict[str, Tensor]:
-        loss = model.losses(copies)["bowl"][:, :1]
+    def broken() -> dict[str, Tensor]:
+        loss = model.losses()["bowl"][:1]
         return {"bowl": torch.where(loss < 30, loss, torch.nan)}
 
     assert 0 < adaptive_radius(model, PLANE, broken, rise=1e6, start=4.0) < 4.0

@@ -69,8 +69,8 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tier]:
     monkeypatch.setattr(recipe, "landscape_chats", lambda *_: chats())
     monkeypatch.setattr(recipe, "RISE", 0.05)
     monkeypatch.setattr(compare, "RESAMPLES", 20)
-    for kept in (recipe.direction_pair, recipe.packed_chats):
+    for kept in (recipe.direction_pair, recipe.chats_of):
         kept.cache_clear()
     yield TIER
-    for kept in (recipe.direction_pair, recipe.packed_chats):
+    for kept in (recipe.direction_pair, recipe.chats_of):
         kept.cache_clear()

@@ -1,0 +1,256 @@
+r"""Solve :math:`A x = b` with a curvature operator A: conjugate gradients, L-BFGS, the Neumann series."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from curvlib.curvature.operator import CurvatureOperator, Operator, check_vector
+from curvlib.errors import CurvlibError
+
+Preconditioner = CurvatureOperator | Callable[[Tensor], Tensor]
+Pair = tuple[Tensor, Tensor]
+POWELL = 0.2  # Powell's constant: a damped pair keeps a fifth of the curvature's magnitude
+SKIP = 1e-8  # cosine between s and y below which a pair says nothing that float32 can hold
+MARGIN = 1.2  # power iteration approaches the largest eigenvalue from below
+DIVERGED = 1e3  # a residual this many times its start will not come back
+
+
+@dataclass(frozen=True)
+class Solution:
+    r"""A solution and what it cost.
+
+    Attributes:
+        solution: x, (size,).
+        residual: :math:`\|b - A x\| / \|b\|`.
+        products: operator products spent.
+        converged: whether the residual reached the tolerance.
+        history: the relative residual before the first step and after each one.
+        negative_curvature: :math:`d^\top A d / d^\top d` of the direction that ended the solve because it was not
+            positive, None if there was none.
+    """
+
+    solution: Tensor
+    residual: float = 0.0
+    products: int = 0
+    converged: bool = True
+    history: tuple[float, ...] = (0.0,)
+    negative_curvature: float | None = None
+
+
+def conjugate_gradient(
+    operator: CurvatureOperator,
+    b: Tensor,
+    *,
+    tolerance: float = 1e-3,
+    max_products: int = 100,
+    preconditioner: Preconditioner | None = None,
+    x0: Tensor | None = None,
+    callback: Callable[[int, Tensor, float], None] | None = None,
+) -> Solution:
+    r"""Solve :math:`A x = b` by preconditioned conjugate gradients; A must be symmetric positive definite.
+
+    Stops at a relative residual of ``tolerance``, after ``max_products`` products, or at the first direction d with
+    :math:`d^\top A d \le 0`; it then returns the x reached so far and reports that curvature. The reported residual is
+    the recursive one, which drifts from the true one by about the rounding error of the products.
+
+    Args:
+        operator: A.
+        b: right-hand side, (size,).
+        tolerance: relative residual to reach.
+        max_products: products to spend at most; x0 costs one.
+        preconditioner: an operator or function close to the inverse of A, symmetric positive definite.
+        x0: start, zero by default.
+        callback: called as ``callback(step, x, residual)`` after each step.
+
+    Cost: one product a step and five vectors. Source: Hestenes and Stiefel 1952.
+
+    >>> from curvlib.curvature.operator import DenseOperator
+    >>> a = DenseOperator(torch.tensor([[4.0, 1.0], [1.0, 3.0]]))
+    >>> conjugate_gradient(a, torch.tensor([5.0, 4.0])).solution.round(decimals=4)
+    tensor([1., 1.])
+    """
+    check_vector(operator, b)
+    scale = float(b.norm())
+    if scale == 0:
+        return Solution(torch.zeros_like(b))
+    precondition = preconditioner.matvec if isinstance(preconditioner, CurvatureOperator) else preconditioner
+    x = torch.zeros_like(b) if x0 is None else x0.clone()
+    r = b.clone() if x0 is None else b - operator.matvec(x)
+    products = int(x0 is not None)
+    z = precondition(r) if precondition else r
+    d, rz = z, float(r @ z)
+    history, curvature = [float(r.norm()) / scale], None
+    while history[-1] > tolerance and products < max_products:
+        a_d = operator.matvec(d)
+        products += 1
+        d_a_d = float(d @ a_d)
+        if not d_a_d > 0:
+            curvature = d_a_d / float(d @ d)
+            break
+        step = rz / d_a_d
+        x, r = x + step * d, r - step * a_d
+        history.append(float(r.norm()) / scale)
+        if callback is not None:
+            callback(len(history) - 1, x, history[-1])
+        z = precondition(r) if precondition else r
+        rz, previous = float(r @ z), rz
+        d = z + (rz / previous) * d
+    return Solution(x, history[-1], products, history[-1] <= tolerance, tuple(history), curvature)
+
+
+class LBFGSInverse(Operator):
+    r"""An approximate inverse, symmetric positive definite, from pairs (s, y) with s·y > 0; the newest is the last.
+
+    A pair says that the curvature maps the step s to :math:`y = A s`. The inverse that is closest to a multiple of the
+    identity and maps each y back to its s is applied by the two-loop recursion, in 4 m inner products for m pairs and
+    without any product with A. Source: Nocedal 1980, "Updating quasi-Newton matrices with limited storage"; Nocedal and
+    Wright 2006, algorithm 7.4.
+    """
+
+    def __init__(self, pairs: Sequence[Pair]) -> None:
+        if not pairs:
+            raise CurvlibError("no curvature pair has s·y > 0: damp the curvature, or set powell=True")
+        self.pairs = list(pairs)
+        s, y = pairs[-1]
+        self.scale = float(s @ y) / float(y @ y)
+        self.size, self.dtype, self.device = s.numel(), s.dtype, s.device
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """Return the approximate A⁻¹v by the two-loop recursion."""
+        check_vector(self, v)
+        q, factors = v.clone(), []
+        for s, y in reversed(self.pairs):
+            factors.append(float(s @ q) / float(s @ y))
+            q -= factors[-1] * y
+        q *= self.scale
+        for (s, y), factor in zip(self.pairs, reversed(factors), strict=True):
+            q += (factor - float(y @ q) / float(s @ y)) * s
+        return q
+
+
+def lbfgs_inverse(pairs: Iterable[Pair], *, powell: bool = True) -> LBFGSInverse:
+    """Return the L-BFGS inverse of the pairs, oldest first.
+
+    Args:
+        pairs: steps and what the curvature makes of them, both (size,): an operator's products, or the
+            :func:`gradient_differences` along a trajectory.
+        powell: damp pairs of too little or negative curvature, so that each one counts (True), or skip those with
+            s·y ≤ 0 (False).
+
+    Raises:
+        CurvlibError: no pair remains.
+    """
+    damped = [powell_damped(s, y) for s, y in pairs] if powell else list(pairs)
+    return LBFGSInverse([(s, y) for s, y in damped if float(s @ y) > SKIP * float(s.norm() * y.norm())])
+
+
+def powell_damped(s: Tensor, y: Tensor) -> Pair:
+    r"""Return the pair with y moved towards s until :math:`s^\top y \ge 0.2\,\sigma`, :math:`\sigma = \|s\|\,\|y\|`.
+
+    Powell (1978) moves y towards :math:`B s` for the present approximation B; here :math:`B = (\|y\|/\|s\|)\,I`, the
+    size of the curvature along s, which is defined for negative curvature too.
+    """
+    sigma, curvature = float(s.norm() * y.norm()), float(s @ y)
+    if sigma == 0 or curvature >= POWELL * sigma:
+        return s, y
+    theta = (1 - POWELL) * sigma / (sigma - curvature)
+    return s, theta * y + (1 - theta) * (y.norm() / s.norm()) * s
+
+
+def gradient_differences(gradient: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    r"""Return :math:`s \mapsto \nabla L(\theta + s) - \nabla L(\theta)`, the pair's y that L-BFGS uses in training.
+
+    Args:
+        gradient: a shift (size,) of the parameters to the gradient there. It must use the same batch in every call:
+            between different batches the difference is mostly noise.
+
+    Cost: one gradient at once, one a call. Unlike a product it averages the curvature over the whole step.
+    """
+    start: list[Tensor] = []
+
+    def difference(step: Tensor) -> Tensor:
+        if not start:
+            start.append(gradient(torch.zeros_like(step)))
+        return gradient(step) - start[0]
+
+    return difference
+
+
+def lbfgs(
+    operator: CurvatureOperator, b: Tensor, *, tolerance: float = 1e-3, max_products: int = 100, memory: int = 10
+) -> Solution:
+    r"""Solve :math:`A x = b` by L-BFGS on :math:`\tfrac12 x^\top A x - b^\top x` with exact line searches.
+
+    Each step spends one product, which gives both the step's length and its pair; the last ``memory`` pairs are used.
+    With all pairs the iterates are those of conjugate gradients; a short memory forgets conjugacy. It ends at the first
+    direction of curvature ≤ 0. The arguments are those of :func:`conjugate_gradient`.
+    """
+    check_vector(operator, b)
+    scale = float(b.norm())
+    if scale == 0:
+        return Solution(torch.zeros_like(b))
+    x, r, pairs = torch.zeros_like(b), b.clone(), list[Pair]()
+    history, products, curvature = [1.0], 0, None
+    while history[-1] > tolerance and products < max_products:
+        d = LBFGSInverse(pairs).matvec(r) if pairs else r
+        a_d = operator.matvec(d)
+        products += 1
+        d_a_d = float(d @ a_d)
+        if not d_a_d > 0:
+            curvature = d_a_d / float(d @ d)
+            break
+        step = float(d @ r) / d_a_d
+        x, r = x + step * d, r - step * a_d
+        pairs = [*pairs, (step * d, step * a_d)][-memory:]
+        history.append(float(r.norm()) / scale)
+    return Solution(x, history[-1], products, history[-1] <= tolerance, tuple(history), curvature)
+
+
+def largest_eigenvalue(operator: CurvatureOperator, *, products: int = 10, seed: int = 0) -> float:
+    r"""Return an estimate of the largest :math:`|\lambda|` by power iteration from a random vector; a lower bound."""
+    generator = torch.Generator().manual_seed(seed)
+    v = torch.randn(operator.size, generator=generator).to(operator.device, operator.dtype)
+    norm = float(v.norm())
+    for _ in range(products):
+        v = operator.matvec(v / norm)
+        norm = float(v.norm())
+        if norm == 0:
+            break
+    return norm
+
+
+def neumann(
+    operator: CurvatureOperator,
+    b: Tensor,
+    *,
+    tolerance: float = 1e-3,
+    max_products: int = 1000,
+    scale: float | None = None,
+    seed: int = 0,
+) -> Solution:
+    r"""Solve by :math:`A^{-1}b = \tfrac1\sigma \sum_k (I - A/\sigma)^k b`, with the true residual after each term.
+
+    It converges for a positive definite A if :math:`\sigma > \lambda_{\max}/2`, which is ``scale``, by default 1.2
+    times ten steps of power iteration (drawn from ``seed``, counted among ``max_products``). The error falls by
+    :math:`1 - \lambda_{\min}/\sigma` a term and product, against conjugate gradients' square root of that. A residual
+    that grows a thousandfold ends the series, as it does for an indefinite A; ``converged`` is then False.
+
+    Source: the deterministic form of LiSSA, Agarwal et al. 2017, arXiv 1602.03943.
+    """
+    check_vector(operator, b)
+    norm = float(b.norm())
+    if norm == 0:
+        return Solution(torch.zeros_like(b))
+    products = 0 if scale is not None else min(10, max_products)
+    sigma = scale or MARGIN * largest_eigenvalue(operator, products=products, seed=seed)
+    x, r, history = torch.zeros_like(b), b.clone(), [1.0]
+    while tolerance < history[-1] < DIVERGED and products < max_products:
+        x = x + r / sigma
+        r = b - operator.matvec(x)
+        products += 1
+        history.append(float(r.norm()) / norm)
+    return Solution(x, history[-1], products, history[-1] <= tolerance, tuple(history))

@@ -1,0 +1,77 @@
+"""Imports point downward, and reading a committed study loads few modules."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from curvlib.report import ROOT
+
+# From the bottom to the top; a room may use the rooms before it. Rooms of one row do not know each other.
+LAYERS = (
+    ("errors", "progress"),
+    ("cache",),
+    ("artifacts", "fetch"),
+    ("parameters", "nf4", "prefix"),
+    ("batches",),
+    ("models",),
+    ("tiers", "data", "generate"),
+    ("finetune",),
+    ("stages",),
+    ("curvature",),
+    ("evaluate",),
+    ("report", "plots"),
+    ("landscape",),
+    ("restore",),
+    ("influence",),
+    ("defenses",),
+    ("studies",),
+    ("gather",),
+    ("cli",),
+)
+MOST = 30  # modules of curvlib that reading a study may load
+
+
+def room(path: Path) -> str:
+    """The folder of curvlib that a module lies in, or its own name."""
+    return path.relative_to(ROOT / "curvlib").parts[0].removesuffix(".py")
+
+
+def imports(source: str) -> Iterator[str]:
+    """The rooms of curvlib that a module's source imports, lazily or not."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.module == "curvlib":
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("curvlib."):
+            yield str(node.module).split(".")[1]
+
+
+def upward(here: str, source: str) -> list[str]:
+    """The imports of a room's source that point up, or sideways."""
+    rank = {name: row for row, layer in enumerate(LAYERS) for name in layer}
+    top = len(LAYERS)
+    used = (there for there in imports(source) if there != here and not there.startswith("__"))
+    return [f"{here} -> {there}" for there in used if rank.get(there, top) >= rank.get(here, top)]
+
+
+def test_no_import_points_up() -> None:
+    modules = (path for path in (ROOT / "curvlib").rglob("*.py") if not path.name.startswith("__"))
+    assert [arrow for path in modules for arrow in upward(room(path), path.read_text("utf-8"))] == []
+
+
+def test_an_import_that_points_up_is_seen() -> None:
+    assert upward("stages", "from curvlib.restore.loop import restore") == ["stages -> restore"]
+    assert upward("stages", "from curvlib import models, plots") == ["stages -> plots"]
+    assert upward("restore", "from curvlib.stages import FineTune") == []
+
+
+def test_reading_a_study_loads_few_modules() -> None:
+    code = (
+        "import sys; from curvlib.studies import load_study; assert load_study('influence');"
+        "print(sum(name.split('.')[0] == 'curvlib' for name in sys.modules))"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert int(ended.stdout) <= MOST
