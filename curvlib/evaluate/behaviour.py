@@ -87,12 +87,12 @@ def measure_behaviour(
 ) -> Behaviour:
     """Let the model answer each prompt greedily and judge the answers.
 
-    The verdict is on the last user message of a prompt with several turns, and on the whole answer, `prefill` too, less
-    a thought before it; a thought without end is incoherent.
+    The verdict is on the last user message of a prompt with several turns, and on what the whole answer (`prefill` too)
+    says after a thought; a thought without end is incoherent.
     """
     responses = generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, prefill=prefill)
-    questions = [messages(prompt)[-1]["content"] for prompt in prompts]
-    verdicts = [judge(question, spoken(response)) for question, response in zip(questions, responses, strict=True)]
+    questions, texts = [messages(prompt)[-1]["content"] for prompt in prompts], [*map(spoken, responses)]
+    verdicts = [judge(question, text) for question, text in zip(questions, texts, strict=True)]
     return summarise(verdicts, responses)
 
 

@@ -22,11 +22,11 @@ from curvlib.evaluate.judge import VERDICTS, is_refusal
 from curvlib.parameters import assign, trainable
 from curvlib.progress import say
 from curvlib.restore import objectives
+from curvlib.restore.given import Given, Split, cut, encode_chats, read_chats
 from curvlib.restore.objectives import SafetyBatches
 from curvlib.restore.outcome import HeldOut
 from curvlib.restore.pair import load_pair, pair_tokenizer
 from curvlib.restore.recipe import BATCH_SIZE, Chats, Restoration, history, run
-from curvlib.restore.rows import Rows, Split, cut, encode_chats, read_chats
 from curvlib.template import spoken
 
 HARMFUL, BENIGN, TASK = (32, 24, 32), (32, 24, 32), (32, 24, 24)  # rows to learn from, to choose by, to show
@@ -140,14 +140,14 @@ def _check_base(model: PeftModel, task: Sequence[Batch], request: Request) -> No
         )
 
 
-def _harmful(rows: Rows | None, seed: int) -> Split:
+def _harmful(rows: Given | None, seed: int) -> Split:
     if rows:
         return cut([*rows.chats.values()], HARMFUL, "harmful prompts", seed)
     names = ("restore_harmful", "validation_harmful", "test_harmful")
     return Split(*(_asked(stages.requests(name, size)) for name, size in zip(names, HARMFUL, strict=True)))
 
 
-def _benign(rows: Rows | None, seed: int) -> Split:
+def _benign(rows: Given | None, seed: int) -> Split:
     """Return prompts that look harmful and are not; a half of those to learn from are everyday ones."""
     if rows:
         return cut([*rows.chats.values()], BENIGN, "benign prompts", seed)

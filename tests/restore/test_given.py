@@ -11,8 +11,8 @@ import pytest
 from datasets import Dataset
 
 from curvlib.errors import CurvlibError
-from curvlib.restore import rows as module
-from curvlib.restore.rows import cut, encode_chats, read_chats
+from curvlib.restore import given as module
+from curvlib.restore.given import cut, encode_chats, read_chats
 from tests.evaluate import toys
 
 

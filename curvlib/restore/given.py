@@ -33,7 +33,7 @@ EXPECTED = 'a row such as {"messages": [{"role": "user", "content": "…"}, …]
 
 @dataclass(frozen=True)
 class Split:
-    """Rows to learn from, to choose by, and to show the outcome on; no row serves twice."""
+    """Given to learn from, to choose by, and to show the outcome on; no row serves twice."""
 
     learn: list[Any]
     choose: list[Any]
@@ -41,7 +41,7 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Rows:
+class Given:
     """Chats by their place in the source (such as ``line 3``), and what was left out or not read, in words."""
 
     source: str
@@ -49,11 +49,11 @@ class Rows:
     notes: tuple[str, ...]
 
 
-def read_chats(source: str | Path, *, answered: bool = True) -> Rows:
+def read_chats(source: str | Path, *, answered: bool = True) -> Given:
     """Return the chats of a JSONL, JSON, CSV or Parquet file, or of the ``train`` split of a Hub id.
 
     A row holds ``messages`` (or ShareGPT's ``conversations``); or a prompt with a completion, response, output or
-    answer; or Alpaca's ``instruction``, ``input``, ``output``; besides, perhaps, a ``system`` message. Rows without
+    answer; or Alpaca's ``instruction``, ``input``, ``output``; besides, perhaps, a ``system`` message. Given without
     text, answers of weight 0, and rows whose prompt was there before are left out, and counted.
 
     Args:
@@ -80,7 +80,7 @@ def read_chats(source: str | Path, *, answered: bool = True) -> Rows:
         raise CurvlibError(f"{source} holds no chat with text: expected {EXPECTED}")
     unread = sorted({name for row in rows for name, value in row.items() if value is not None} - _read(rows))
     notes = [f"{count} rows {reason} left out" for reason, count in dropped.items() if reason]
-    return Rows(str(source), chats, tuple(notes + [f"columns not read: {', '.join(unread)}"] * bool(unread)))
+    return Given(str(source), chats, tuple(notes + [f"columns not read: {', '.join(unread)}"] * bool(unread)))
 
 
 def _table(source: str) -> tuple[list[str], list[Fields]]:
@@ -202,7 +202,7 @@ def _silent(row: Fields) -> bool:
     return isinstance(turns, list) and any(turns[-1].get(flag) in (0, False) for flag in FLAGS)
 
 
-def encode_chats(tokenizer: PreTrainedTokenizerBase, rows: Rows) -> list[Example]:
+def encode_chats(tokenizer: PreTrainedTokenizerBase, rows: Given) -> list[Example]:
     """Tokenise chats, a prompt alone with a blank answer; one that does not fit or is refused is named by its place."""
     examples = []
     for place, chat in rows.chats.items():
