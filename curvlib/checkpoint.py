@@ -162,6 +162,7 @@ def attach(model: PreTrainedModel, folder: Path) -> PeftModel:
     if lost:
         raise CurvlibError(f"the adapter {folder} does not fit {model.name_or_path!r} ({lost[0]}): {advice}")
     require_finite(folder, places.items())
-    trained: Any = [(p.requires_grad_(False), biases[id(p)]) for p in adapted.parameters() if id(p) in biases]
+    frozen = [p.requires_grad_(False) for name, p in adapted.named_parameters() if name.endswith("bias")]
+    trained: Any = [(p, biases[id(p)]) for p in frozen if id(p) in biases]
     adapted.base_biases = trained
     return adapted
