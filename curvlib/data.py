@@ -203,6 +203,11 @@ def _own(category: str, texts: list[str]) -> Rows:
     return (_example(line, category=category) for line in texts[0].splitlines())
 
 
+def _look_alikes(texts: list[str]) -> Rows:  # a line holds a style and a prompt
+    lines = (line.partition("\t") for line in texts[0].splitlines())
+    return (_example(prompt, category=style) for style, _, prompt in lines)
+
+
 def _gsm8k(texts: list[str]) -> Rows:
     return (_example(row["text_clean"], category="gsm8k") for row in _json(texts))
 
@@ -246,6 +251,7 @@ READERS: dict[str, Callable[[list[str]], Rows]] = {
     "everyday": _everyday,
     "harmful_questions": _harmful_questions,
     "harmless": partial(_own, "harmless"),
+    "look_alikes": _look_alikes,
     "gsm8k": _gsm8k,
     "mtbench": _mtbench,
     "refusal_labels_extra": _benign_objectives,

@@ -30,6 +30,12 @@ FRAME_WORDS = """
     evade undetected anonymous stay possible best ways way methods method using use used via
 """
 FRAME = frozenset(FRAME_WORDS.split())
+# What a model learns of one style of look-alikes must carry over to styles that it has not seen.
+LOOK_ALIKE_STYLES = {
+    "align_look_alikes": ("history", "fiction", "prevention", "definition"),
+    "validation_look_alikes": ("law", "editing"),
+    "test_look_alikes": ("situation", "work", "play", "idiom", "nature"),
+}
 
 
 def content_words(text: str) -> frozenset[str]:
@@ -108,10 +114,15 @@ def benign_splits() -> dict[str, list[Example]]:
     second = cut(rest, align_benign=32, restore_benign=24, validation_benign=4, chat_train=128 - len(asked) + 132)
     sound = fair_order(distinct(edgy))
     harmless = fair_order(distinct(load_source("harmless"), [*plain, *edgy, *judged]))
+    ours = distinct(load_source("look_alikes"), [*harmless, *plain, *edgy, *judged])
+    looks = {
+        name: fair_order([e for e in ours if e.category in styles]) for name, styles in LOOK_ALIKE_STYLES.items()
+    }
     return (
         cut(sound, align_edgy=40, restore_edgy=32, validation_edgy=24, test_edgy=len(sound) - 96)
         | {name: fair_order(first[name] + second[name]) for name in first}
         | cut(harmless, align_harmless=len(harmless))
+        | looks
     )
 
 
