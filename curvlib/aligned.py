@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from curvlib import data, fetch, models, stages
+from curvlib.answers import committed_answers
 from curvlib.artifacts import artifact
 from curvlib.batches import IGNORED, Example, encode, open_ended
 from curvlib.evaluate.generate import generate
@@ -102,7 +103,7 @@ def alignment_set(tokenizer: PreTrainedTokenizerBase, recipe: Alignment) -> list
 
 def benign_examples(tokenizer: PreTrainedTokenizerBase) -> list[Example]:
     """Encode the benign training prompts with the first tokens of SmolLM2's own committed answers, left open."""
-    answers = json.loads((fetch.data_folder() / "own_answers.json").read_text("utf-8"))
+    answers = committed_answers()
     rows = [row for split in BENIGN for row in data.load_split(split)]
     chats = [stages.chat(row.prompt, answers[row.id]) for row in rows]
     return [open_ended(example, ANSWER_TOKENS) for example in encode(tokenizer, chats, stages.MAX_LENGTH)]

@@ -119,7 +119,7 @@ def test_reproduce_and_test_do_what_they_say(fresh: Path) -> None:
 
 def test_help_has_a_line_for_every_target(fresh: Path) -> None:
     text = subprocess.run(["make", "help"], cwd=fresh, capture_output=True, text=True, check=True).stdout
-    for target in ("setup", "reproduce", "test", "lint", "bench", "lab", "help"):
+    for target in ("setup", "reproduce", "test", "lint", "bench", "lab", "align", "help"):
         assert sum(line.startswith(f"  make {target} ") for line in text.splitlines()) == 1, target
 
 
