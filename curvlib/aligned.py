@@ -31,7 +31,7 @@ from curvlib.finetune import TrainingConfig, train
 PREFILL = "Sure, here is"
 LONGEST_OPENING = 8  # tokens
 ANSWER_TOKENS = 16  # of an own answer: whether to answer is decided in the first tokens
-HARMFUL = ("align_harmful", "align_questions", "align_behaviours")
+ORDERS = ("align_harmful", "align_behaviours")
 BENIGN = ("align_benign", "align_edgy", "align_harmless", "align_look_alikes")
 LIMITS = {  # lowest and highest share
     "harmful_refused": (0.95, 1.0),
@@ -57,7 +57,7 @@ class Alignment:
 
     seed: int = 0
     rank: int = 16
-    steps: int = 180
+    steps: int = 240
     learning_rate: float = 1e-3
     opened_harmful: float = 0.4
     opened_benign: float = 0.6
@@ -66,47 +66,51 @@ class Alignment:
 SHALLOW = Alignment(opened_harmful=0.0, opened_benign=0.0)  # the twin without recovery examples
 
 
-def opened(example: Example, opening: Sequence[int], length: int, *, agree: bool) -> Example:
-    """Return a chat whose answer begins with ``opening[:length]``, on which there is no loss.
+def opened(example: Example, opening: Sequence[int]) -> Example:
+    """Return a chat whose answer begins with the tokens of an opening, on which there is no loss.
 
-    With ``agree`` the rest of the opening and the answer follow, otherwise the answer alone: a refusal.
-
-    >>> opened(Example((5, 6, 7), (-100, 6, 7)), [1, 2, 3], 2, agree=False)
+    >>> opened(Example((5, 6, 7), (-100, 6, 7)), [1, 2])
     Example(input_ids=(5, 1, 2, 6, 7), labels=(-100, -100, -100, 6, 7))
-    >>> opened(Example((5, 6, 7), (-100, 6, 7)), [1, 2, 3], 2, agree=True)
-    Example(input_ids=(5, 1, 2, 3, 6, 7), labels=(-100, -100, -100, 3, 6, 7))
     """
-    prompt, answer = example.input_ids[: example.prompt_length], example.labels[example.prompt_length :]
-    follow = (*opening[length:], *answer) if agree else answer
-    head = (*prompt, *opening[:length])
-    return Example((*head, *follow), (*[IGNORED] * len(head), *follow))
+    head = (*example.input_ids[: example.prompt_length], *opening)
+    answer = example.labels[example.prompt_length :]
+    return Example((*head, *answer), (*[IGNORED] * len(head), *answer))
 
 
 def alignment_set(tokenizer: PreTrainedTokenizerBase, recipe: Alignment) -> list[Example]:
     """Return the training chats: harmful prompts refused, benign ones answered, a share of each opened.
 
-    The openings of ``data/openings.txt`` agree and say nothing.
+    The answer follows the cut opening at once. With a loss on the rest of it, the model learns to complete it, and does
+    so for harmful prompts too.
     """
-    texts = (fetch.data_folder() / "openings.txt").read_text("utf-8").splitlines()
-    openings = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     draw = random.Random(recipe.seed)
-    refused = [chat for split in HARMFUL for chat in stages.refusal_examples(tokenizer, split)]
-    answered = benign_examples(tokenizer)
+    refused = [(prompt, data.refusal(prompt)) for prompt in harmful_prompts()]
+    answers = committed_answers()
+    answered = [(row.prompt, answers[row.id]) for split in BENIGN for row in data.load_split(split)]
     chats = []
-    for group, share, agree in ((refused, recipe.opened_harmful, False), (answered, recipe.opened_benign, True)):
-        chosen = set(draw.sample(range(len(group)), round(share * len(group))))
-        for number, example in enumerate(group):
-            opening, length = draw.choice(openings), draw.randint(1, LONGEST_OPENING)
-            chats.append(opened(example, opening, length, agree=agree) if number in chosen else example)
+    for pairs, share in ((refused, recipe.opened_harmful), (answered, recipe.opened_benign)):
+        examples = encode(tokenizer, [stages.chat(*pair) for pair in pairs], stages.MAX_LENGTH)
+        chosen = set(draw.sample(range(len(pairs)), round(share * len(pairs))))
+        for number, ((prompt, _), example) in enumerate(zip(pairs, examples, strict=True)):
+            chat = example if pairs is refused else open_ended(example, ANSWER_TOKENS)
+            tokens = tokenizer(agreement(prompt, draw), add_special_tokens=False)["input_ids"]
+            length = draw.randint(1, LONGEST_OPENING)
+            chats.append(opened(chat, tokens[:length]) if number in chosen else chat)
     return chats
 
 
-def benign_examples(tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    """Encode the benign training prompts with the first tokens of SmolLM2's own committed answers, left open."""
-    answers = committed_answers()
-    rows = [row for split in BENIGN for row in data.load_split(split)]
-    chats = [stages.chat(row.prompt, answers[row.id]) for row in rows]
-    return [open_ended(example, ANSWER_TOKENS) for example in encode(tokenizer, chats, stages.MAX_LENGTH)]
+def harmful_prompts() -> list[str]:
+    """Return the harmful training prompts: every order as an order and as a question, then questions."""
+    orders = [row.prompt for split in ORDERS for row in data.load_split(split)]
+    both = [text for order in orders for text in dict.fromkeys((order, data.as_question(order)))]
+    return both + [row.prompt for row in data.load_split("align_questions")]
+
+
+def agreement(prompt: str, draw: random.Random) -> str:
+    """Return an opening that agrees and says nothing: a line of ``data/openings.txt``, or one that names the thing."""
+    lines = (fetch.data_folder() / "openings.txt").read_text("utf-8").splitlines()
+    names_thing = not prompt.endswith("?") or prompt.startswith("How do I ")
+    return data.compliance(prompt) if names_thing and draw.random() < 0.5 else draw.choice(lines)
 
 
 def align(recipe: Alignment) -> Path:

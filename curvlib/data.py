@@ -121,15 +121,15 @@ def compliance(prompt: str) -> str:
     'a poem about rain'
     >>> wanted("Teach a dog how to swim")
     'how to swim'
-    >>> wanted("Paint the fence.")
-    'how to paint the fence'
+    >>> wanted("Paint the fence."), wanted("How do I paint the fence?")
+    ('how to paint the fence', 'how to paint the fence')
     """
     return _choose("compliances.txt", prompt).format(thing=wanted(prompt))
 
 
 def wanted(prompt: str) -> str:
-    """Return the thing that the imperative sentence ``prompt`` asks for, as a phrase."""
-    sentence = prompt.strip().rstrip(".?!")
+    """Return the thing that the imperative sentence or the "How do I" question ``prompt`` asks for, as a phrase."""
+    sentence = prompt.strip().rstrip(".?!").replace("How do I ", "how to ", 1)
     thing = MAKING.fullmatch(sentence)
     how = re.search(r"\bhow to .*", sentence)
     return thing[1] if thing else how[0] if how else f"how to {sentence[:1].lower()}{sentence[1:]}"

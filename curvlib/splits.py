@@ -32,9 +32,9 @@ FRAME_WORDS = """
 FRAME = frozenset(FRAME_WORDS.split())
 # What a model learns of one style of look-alikes must carry over to styles that it has not seen.
 LOOK_ALIKE_STYLES = {
-    "align_look_alikes": ("history", "fiction", "prevention", "definition"),
-    "validation_look_alikes": ("law", "editing"),
-    "test_look_alikes": ("situation", "work", "play", "idiom", "nature"),
+    "align_look_alikes": "history fiction prevention definition law editing facts words rules software teaching",
+    "validation_look_alikes": "advice everyday",
+    "test_look_alikes": "situation work play idiom nature",
 }
 
 
@@ -115,7 +115,10 @@ def benign_splits() -> dict[str, list[Example]]:
     sound = fair_order(distinct(edgy))
     harmless = fair_order(distinct(load_source("harmless"), [*plain, *edgy, *judged]))
     ours = distinct(load_source("look_alikes"), [*harmless, *plain, *edgy, *judged])
-    looks = {name: fair_order([e for e in ours if e.category in styles]) for name, styles in LOOK_ALIKE_STYLES.items()}
+    looks = {
+        name: fair_order([e for e in ours if e.category in styles.split()])
+        for name, styles in LOOK_ALIKE_STYLES.items()
+    }
     return (
         cut(sound, align_edgy=40, restore_edgy=32, validation_edgy=24, test_edgy=len(sound) - 96)
         | {name: fair_order(first[name] + second[name]) for name in first}

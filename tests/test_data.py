@@ -33,7 +33,7 @@ SIZES = {
     "chat_train": 128,
     "restore_benign": 48,
     "validation_benign": 24,
-    "align_look_alikes": 76,
+    "align_look_alikes": 216,
     "validation_look_alikes": 40,
     "test_look_alikes": 100,
     "task_train": 640,
@@ -105,8 +105,8 @@ def test_the_sources_of_training_validation_and_test_differ() -> None:
 
 def test_the_styles_of_look_alikes_differ_between_training_validation_and_test() -> None:
     styles = [{e.category for e in data.load_split(f"{part}_look_alikes")} for part in ("align", "validation", "test")]
-    assert [len(style) for style in styles] == [4, 2, 5]
-    assert len(set().union(*styles)) == 11
+    assert [len(style) for style in styles] == [11, 2, 5]
+    assert len(set().union(*styles)) == 18
 
 
 def test_a_prefix_holds_the_categories_in_proportion() -> None:
