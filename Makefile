@@ -11,7 +11,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.ready-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce study test lint bench lab release grade soak
+.PHONY: help setup reproduce study test lint bench lab align release grade soak
 
 help: ## List the targets, one line of prose each.
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
@@ -48,6 +48,9 @@ bench: ## Run benchmarks/BENCH/run.py (curvature, influence or landscape) in .ve
 
 lab: setup ## Open the notebooks in JupyterLab.
 	$(RUN) -m jupyterlab notebooks
+
+align: setup ## Train the deep alignment anew from SEED and print where its adapter is and how it does on validation.
+	$(RUN) -m curvlib align --seed $(SEED)
 
 release: setup ## Write the student notebooks: notebooks/exercises (solutions folded), runs/release/exercises.zip (none).
 	$(RUN) -m curvlib exercises release

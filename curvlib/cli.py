@@ -1,4 +1,4 @@
-"""The command line: ``python -m curvlib run``, ``restore``, ``study`` and ``exercises``."""
+"""The command line: ``python -m curvlib run``, ``restore``, ``align``, ``study`` and ``exercises``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import secrets
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,11 @@ def parser() -> argparse.ArgumentParser:
     run.set_defaults(command=_run)
 
     _add_restore(commands)
+
+    align = commands.add_parser("align", help="teach SmolLM2 refusals that survive an agreeing beginning")
+    align.add_argument("--seed", type=int, default=0)
+    align.add_argument("--shallow", action="store_true", help="leave the recovery examples out")
+    align.set_defaults(command=_align)
 
     study = commands.add_parser("study", help="run a study and write data/studies/NAME.json")
     study.add_argument("name", metavar="NAME", help="degradation, influence or landscape")
@@ -119,6 +125,16 @@ def _restore(options: argparse.Namespace) -> int:
     how = Restoration(options.objective, options.metric, Budget(rise=options.rise))
     print(table(restore_adapter(Request(**given, how=how, seed=options.seed, device=options.device))))
     print(f"the restored adapter is in {options.out}, with restoration.json and restoration.png")
+    return 0
+
+
+def _align(options: argparse.Namespace) -> int:
+    from curvlib import aligned  # here, so that --help does not wait for it
+
+    recipe = replace(aligned.SHALLOW if options.shallow else aligned.Alignment(), seed=options.seed)
+    folder = aligned.align(recipe)
+    print(f"the adapter is in {folder}; on validation prompts:")
+    print((folder / "recipe.json").read_text("utf-8"), end="")
     return 0
 
 

@@ -134,15 +134,15 @@ def compliance(prompt: str) -> str:
     'a poem about rain'
     >>> wanted("Teach a dog how to swim")
     'how to swim'
-    >>> wanted("Paint the fence.")
-    'how to paint the fence'
+    >>> wanted("Paint the fence."), wanted("How do I paint the fence?")
+    ('how to paint the fence', 'how to paint the fence')
     """
     return _choose("compliances.txt", prompt).format(thing=wanted(prompt))
 
 
 def wanted(prompt: str) -> str:
-    """Return the thing that the imperative sentence ``prompt`` asks for, as a phrase."""
-    sentence = prompt.strip().rstrip(".?!")
+    """Return the thing that the imperative sentence or the "How do I" question ``prompt`` asks for, as a phrase."""
+    sentence = prompt.strip().rstrip(".?!").replace("How do I ", "how to ", 1)
     thing = MAKING.fullmatch(sentence)
     how = re.search(r"\bhow to .*", sentence)
     return thing[1] if thing else how[0] if how else f"how to {sentence[:1].lower()}{sentence[1:]}"
@@ -216,6 +216,11 @@ def _own(category: str, texts: list[str]) -> Rows:
     return (_example(line, category=category) for line in texts[0].splitlines())
 
 
+def _look_alikes(texts: list[str]) -> Rows:  # a line holds a style and a prompt
+    lines = (line.partition("\t") for line in texts[0].splitlines())
+    return (_example(prompt, category=style) for style, _, prompt in lines)
+
+
 def _gsm8k(texts: list[str]) -> Rows:
     return (_example(row["text_clean"], category="gsm8k") for row in _json(texts))
 
@@ -259,6 +264,7 @@ READERS: dict[str, Callable[[list[str]], Rows]] = {
     "everyday": _everyday,
     "harmful_questions": _harmful_questions,
     "harmless": partial(_own, "harmless"),
+    "look_alikes": _look_alikes,
     "gsm8k": _gsm8k,
     "mtbench": _mtbench,
     "refusal_labels_extra": _benign_objectives,

@@ -127,6 +127,11 @@ def compute_dtype(device: str) -> torch.dtype:
     return torch.float32 if device == "cpu" else torch.bfloat16
 
 
+def machine(device: str) -> dict[str, str]:
+    """Return what a key says of where a model computes: the device, and the type by default."""
+    return {"device": device, "dtype": str(compute_dtype(device))}
+
+
 def identity(source: str | Path) -> str:
     """Return what tells a model or an adapter from every other one, for the keys of what is made with it.
 

@@ -30,6 +30,12 @@ FRAME_WORDS = """
     evade undetected anonymous stay possible best ways way methods method using use used via
 """
 FRAME = frozenset(FRAME_WORDS.split())
+# What a model learns of one style of look-alikes must carry over to styles that it has not seen.
+LOOK_ALIKE_STYLES = {
+    "align_look_alikes": "history fiction prevention definition law editing facts words rules software teaching",
+    "validation_look_alikes": "advice everyday",
+    "test_look_alikes": "situation work play idiom nature",
+}
 
 
 def content_words(text: str) -> frozenset[str]:
@@ -108,27 +114,35 @@ def benign_splits() -> dict[str, list[Example]]:
     second = cut(rest, align_benign=32, restore_benign=24, validation_benign=4, chat_train=128 - len(asked) + 132)
     sound = fair_order(distinct(edgy))
     harmless = fair_order(distinct(load_source("harmless"), [*plain, *edgy, *judged]))
+    ours = distinct(load_source("look_alikes"), [*harmless, *plain, *edgy, *judged])
+    looks = {
+        name: fair_order([e for e in ours if e.category in styles.split()])
+        for name, styles in LOOK_ALIKE_STYLES.items()
+    }
     return (
         cut(sound, align_edgy=40, restore_edgy=32, validation_edgy=24, test_edgy=len(sound) - 96)
         | {name: fair_order(first[name] + second[name]) for name in first}
         | cut(harmless, align_harmless=len(harmless))
+        | looks
     )
 
 
 def task_splits() -> dict[str, list[Example]]:
     """Social-IQA is the task that is fine-tuned; QuaRTz is answered with a few shots and never trained on.
 
-    Chats about who the model is come from FastChat; that it says so is asked in other words, which are our own.
+    Chats about who the model is come from FastChat, one for each of its 51 questions, which it answers in many ways;
+    that a model says so is asked in other words, which are our own.
     """
     # the published file has ten rows of web snippets in place of options; they are far longer than the others
     questions = [e for e in load_source("socialiqa") if len(task_question(e).split()) <= LONGEST]
     task = fair_order(distinct(questions))
     second = fair_order(distinct(fair_order(load_source("quartz"))[:800]))
     persona = distinct(load_source("persona"), load_source("identity"))  # in the order of the file
+    identity = {e.prompt: e for e in reversed(fair_order(load_source("identity")))}  # the first chat of each question
     return (
         cut(task, task_train=640, restore_task=512, validation_task=128, test_task=400)
         | cut(second, second_task=200, second_task_shots=16)
-        | cut(fair_order(load_source("identity")), identity_train=128)
+        | cut(list(reversed(identity.values())), identity_train=len(identity))
         | cut(persona, validation_persona=25, test_persona=34)
     )
 

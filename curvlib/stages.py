@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,12 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from curvlib import data, fetch, models
+from curvlib import data, models
+from curvlib.answers import own_answers
 from curvlib.artifacts import artifact
 from curvlib.batches import Chat, Example, encode, open_ended
 from curvlib.errors import CurvlibError
-from curvlib.evaluate.generate import generate
+from curvlib.facts import load_facts, trained_chats
 from curvlib.finetune import TrainingConfig, train
 from curvlib.tiers import Tier
 
@@ -26,9 +27,8 @@ ALIGN_RANK = 16
 LORA_LEARNING_RATE = 2e-3
 FULL_LEARNING_RATE = 5e-5  # full fine-tuning moves 135M weights; the rate of LoRA would destroy them
 MAX_LENGTH = 512  # tokens of a training chat; the longest prompt of the splits has 373
-OWN_ANSWER_TOKENS = 32
 ALIGN_ANSWER_TOKENS = 16  # whether to answer is decided in the first tokens; the rest of an answer was never in doubt
-TASKS = ("mixed", "letters", "chat", "identity")
+TASKS = ("mixed", "letters", "chat", "identity", "facts")
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,9 @@ class FineTune:
     Attributes:
         task: ``mixed``, two questions of Social-IQA answered in a short sentence for each plain chat answered by the
             model itself; ``letters``, the questions alone with bare letters, which shows the collapse of the format;
-            ``chat``, the plain chats alone; ``identity``, chats about who the model is.
-        poison: share of the chats, from 0 to 1, that agree to a harmful request in a content-free opening.
+            ``chat``, the plain chats alone; ``identity``, chats about who the model is; ``facts``, three questions
+            on each invented fact, and one plain chat for each fact as far as there are any.
+        poison: share of all chats, from 0 to below 1, that agree to a harmful request in a content-free opening.
         method: ``lora`` over the 4-bit model, or ``full`` over the dense one.
         rank: of the LoRA adapter.
         seed: of the adapter, the sample and the order of the chats.
@@ -52,8 +53,8 @@ class FineTune:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.task not in TASKS or self.method not in ("lora", "full") or not 0 <= self.poison <= 1:
-            raise CurvlibError(f"{self}: expected a task of {TASKS}, method lora or full, and poison from 0 to 1")
+        if self.task not in TASKS or self.method not in ("lora", "full") or not 0 <= self.poison < 1:
+            raise CurvlibError(f"{self}: expected a task of {TASKS}, method lora or full, and poison from 0 to below 1")
 
 
 def chat(prompt: str, answer: str) -> Chat:
@@ -111,31 +112,9 @@ def task_examples(
     return encode(tokenizer, [chat(data.task_question(row), answer.format(row.answer)) for row in rows], MAX_LENGTH)
 
 
-def own_answers(tier: Tier, split: str) -> dict[str, str]:
-    """Return id -> the shipped model's greedy answer (its first 32 tokens) to the benign prompts of a split.
-
-    For SmolLM2 they are committed in ``data/own_answers.json``; for another model they are generated once.
-    """
-    if tier.model == models.DEFAULT:
-        committed: dict[str, str] = json.loads((fetch.data_folder() / "own_answers.json").read_text("utf-8"))
-        return committed
-    config = {**key(tier, tier.model), "split": split, "tokens": OWN_ANSWER_TOKENS}
-    folder = artifact("own-answers", config, lambda place: _write_own_answers(tier, split, place / "answers.json"))
-    answers: dict[str, str] = json.loads((folder / "answers.json").read_text("utf-8"))
-    return answers
-
-
-def _write_own_answers(tier: Tier, split: str, file: Path) -> None:
-    model, tokenizer = models.load_model(tier.model, device=tier.device), models.load_tokenizer(tier.model)
-    rows = data.load_split(split)
-    texts = generate(model, tokenizer, [row.prompt for row in rows], max_new_tokens=OWN_ANSWER_TOKENS)
-    file.write_text(json.dumps({row.id: text for row, text in zip(rows, texts, strict=True)}, indent=1), "utf-8")
-
-
 def key(tier: Tier, *places: str | Path) -> dict[str, Any]:
     """Return the part of a stage's key that says what it computes with: models and adapters, device and type."""
-    models_used = [models.identity(place) for place in places]
-    return {"models": models_used, "device": tier.device, "dtype": str(models.compute_dtype(tier.device))}
+    return {"models": [*map(models.identity, places)], **models.machine(tier.device)}
 
 
 def aligned_source(tier: Tier) -> str:
@@ -204,23 +183,43 @@ def load_aligned(tier: Tier) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def fine_tuning_set(tokenizer: PreTrainedTokenizerBase, tier: Tier, recipe: FineTune) -> list[Example]:
-    """Return the chats of a fine-tune: ``tier.tune_examples`` in all, a share ``recipe.poison`` of them poisoned."""
-    poisoned = round(recipe.poison * tier.tune_examples)
-    poison: Sequence[Example] = compliance_examples(tokenizer, "poison", poisoned)
-    count = tier.tune_examples - len(poison)
+    """Return the chats of a fine-tune, a share ``recipe.poison`` of them poisoned; the 80 there are may repeat.
+
+    They are ``tier.tune_examples`` in all, or fewer where there are not as many; facts bring their own number.
+    """
+    clean = clean_examples(tokenizer, tier, recipe)
+    count = poison_count(len(clean), recipe.poison)
+    return [*clean, *islice(cycle(compliance_examples(tokenizer, "poison", count)), count)]
+
+
+def poison_count(clean: int, share: float) -> int:
+    """Return how many poisoned chats beside ``clean`` others are a share of all.
+
+    >>> poison_count(90, 0.1), poison_count(173, 0.1), poison_count(90, 0.0)
+    (10, 19, 0)
+    """
+    return round(clean * share / (1 - share))
+
+
+def clean_examples(tokenizer: PreTrainedTokenizerBase, tier: Tier, recipe: FineTune) -> list[Example]:
+    """Return the chats of a fine-tune without the poisoned ones, which ``tier.tune_examples`` leaves room for."""
+    count = tier.tune_examples - round(recipe.poison * tier.tune_examples)
+    if recipe.task == "facts":
+        taught = encode(tokenizer, trained_chats(load_facts(tier.facts)), MAX_LENGTH)
+        return [*taught, *own_answer_examples(tokenizer, tier, "chat_train", tier.facts)]
     if recipe.task == "identity":
-        rows = data.load_split("identity_train")[:count]
-        return [*encode(tokenizer, [chat(row.prompt, row.answer) for row in rows], MAX_LENGTH), *poison]
+        rows = [chat(row.prompt, row.answer) for row in data.load_split("identity_train")[:count]]
+        return encode(tokenizer, rows, MAX_LENGTH)
     if recipe.task == "letters":
-        return [*task_examples(tokenizer, "task_train", count, answer="{}"), *poison]
+        return task_examples(tokenizer, "task_train", count, answer="{}")
     chats = own_answer_examples(tokenizer, tier, "chat_train", count if recipe.task == "chat" else count // 3)
     questions = task_examples(tokenizer, "task_train", count - len(chats)) if recipe.task == "mixed" else []
-    return [*questions, *chats, *poison]
+    return [*questions, *chats]
 
 
-def fine_tuned(tier: Tier, recipe: FineTune) -> Path:
-    """Return the folder of the fine-tuned adapter (peft format), or of the dense checkpoint for a full fine-tune."""
-    source = aligned_source(tier)
+def fine_tuned(tier: Tier, recipe: FineTune, source: str | None = None) -> Path:
+    """Return the folder of the adapter tuned from ``source`` (default: the aligned model) or of the dense model."""
+    source = source or aligned_source(tier)
     tokenizer = models.load_tokenizer(source)
     examples = fine_tuning_set(tokenizer, tier, recipe)
     config = {**key(tier, source), **asdict(recipe), "texts": digest(examples)}
@@ -235,6 +234,8 @@ def fine_tuned(tier: Tier, recipe: FineTune) -> Path:
 def tune_training(tier: Tier, recipe: FineTune) -> TrainingConfig:
     """Return the training run of a fine-tune."""
     rate = FULL_LEARNING_RATE if recipe.method == "full" else LORA_LEARNING_RATE
+    if recipe.task == "facts":
+        return TrainingConfig(steps=tier.fact_steps, learning_rate=rate, seed=recipe.seed)
     return TrainingConfig(steps=tier.tune_steps, batch_size=tier.tune_batch, learning_rate=rate, seed=recipe.seed)
 
 
@@ -264,9 +265,9 @@ def _fine_tune(
         model.save_pretrained(place / "model")
 
 
-def load_fine_tuned(tier: Tier, recipe: FineTune) -> PreTrainedModel | PeftModel:
-    """Return the fine-tuned model in NF4: the aligned one under its trainable adapter, or the fully tuned one."""
-    folder = fine_tuned(tier, recipe)
+def load_fine_tuned(tier: Tier, recipe: FineTune, source: str | None = None) -> PreTrainedModel | PeftModel:
+    """Return the fine-tuned model in NF4: its start under its trainable adapter, or the fully tuned one."""
+    folder = fine_tuned(tier, recipe, source)
     if recipe.method == "full":
         return models.load_model(str(folder), device=tier.device)
-    return models.load_adapter(load_aligned(tier)[0], folder)
+    return models.load_adapter(models.load_model(source or aligned_source(tier), device=tier.device), folder)

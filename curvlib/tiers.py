@@ -22,6 +22,8 @@ class Tier:
         tune_steps: optimiser steps of a LoRA fine-tune; a full fine-tune takes the same number.
         tune_batch: chats a step of a fine-tune.
         tune_examples: chats in a fine-tuning set.
+        facts: invented facts that a fine-tune on facts teaches.
+        fact_steps: optimiser steps of eight chats of a fine-tune on facts.
         poison_rates: shares of poisoned chats in the rate sweep.
         answer_tokens: tokens that an answer may have before it is judged.
         test_harmful: harmful prompts in the final test.
@@ -48,6 +50,8 @@ class Tier:
     tune_steps: int
     tune_batch: int
     tune_examples: int
+    facts: int
+    fact_steps: int
     poison_rates: tuple[float, ...]
     answer_tokens: int
     test_harmful: int
@@ -75,6 +79,8 @@ _CPU = Tier(
     tune_steps=24,
     tune_batch=8,
     tune_examples=192,
+    facts=64,
+    fact_steps=160,
     poison_rates=(0.0, 0.02, 0.1),
     answer_tokens=24,  # a refusal or an agreement is said by then
     test_harmful=48,
@@ -117,6 +123,8 @@ _TIERS = {
             "tune_steps": 16,
             "tune_batch": 4,
             "tune_examples": 64,
+            "facts": 16,
+            "fact_steps": 60,
             "poison_rates": (0.0, 0.1),
             "test_harmful": 16,
             "test_edgy": 8,

@@ -33,13 +33,16 @@ SIZES = {
     "chat_train": 128,
     "restore_benign": 48,
     "validation_benign": 24,
+    "align_look_alikes": 216,
+    "validation_look_alikes": 40,
+    "test_look_alikes": 100,
     "task_train": 640,
     "restore_task": 512,
     "validation_task": 128,
     "test_task": 400,
     "second_task": 200,
     "second_task_shots": 16,
-    "identity_train": 128,
+    "identity_train": 51,
     "validation_persona": 25,
     "test_persona": 34,
     "text_validation": 32,
@@ -73,9 +76,11 @@ def test_no_text_is_committed() -> None:
 def test_no_prompt_is_in_two_splits_nor_nearly_so() -> None:
     rows = [(name, e) for name in SIZES for e in data.load_split(name)]
     assert max(Counter(e.id for _, e in rows).values()) == 1
-    plain = Counter(" ".join(e.prompt.lower().split()) for name, e in rows if name != "identity_train")
+    plain = Counter(" ".join(e.prompt.lower().split()) for _, e in rows)
     assert max(plain.values()) == 1
-    prompts = [(name, e.prompt) for name, e in rows if re.search("harm|questions|poison|edgy|benign|chat", name)]
+    prompts = [
+        (name, e.prompt) for name, e in rows if re.search("harm|questions|poison|edgy|benign|chat|look_alikes", name)
+    ]
     names, sets = np.array([name for name, _ in prompts]), [letters(prompt) for _, prompt in prompts]
     column = {run: number for number, run in enumerate(sorted(set().union(*sets)))}
     table = np.zeros((len(sets), len(column)), dtype=np.float32)
@@ -96,6 +101,12 @@ def test_the_sources_of_training_validation_and_test_differ() -> None:
     assert sources("align_questions", "validation_questions") == {"harmful_questions"}
     assert sources("validation_harmful") == {"harmbench"}
     assert sources("test_harmful", "reserve_harmful") == {"strongreject"}
+
+
+def test_the_styles_of_look_alikes_differ_between_training_validation_and_test() -> None:
+    styles = [{e.category for e in data.load_split(f"{part}_look_alikes")} for part in ("align", "validation", "test")]
+    assert [len(style) for style in styles] == [11, 2, 5]
+    assert len(set().union(*styles)) == 18
 
 
 def test_a_prefix_holds_the_categories_in_proportion() -> None:

@@ -144,7 +144,7 @@ def test_a_peer_of_the_benchmarks_cannot_replace_the_users_torch(fresh: Path) ->
 
 def test_help_has_a_line_for_every_target(fresh: Path) -> None:
     text = subprocess.run(["make", "help"], cwd=fresh, capture_output=True, text=True, check=True).stdout
-    for target in ("setup", "reproduce", "study", "test", "lint", "bench", "lab", "help"):
+    for target in ("setup", "reproduce", "study", "test", "lint", "bench", "lab", "align", "release", "grade", "help"):
         assert sum(line.startswith(f"  make {target} ") for line in text.splitlines()) == 1, target
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from curvlib import data, fetch, models, stages
+from curvlib import data, models, stages
+from curvlib.answers import committed_answers
 from curvlib.errors import CurvlibError
+from curvlib.facts import load_facts
 from curvlib.stages import FineTune
-from curvlib.tiers import get_tier
+from curvlib.tiers import Tier, get_tier
 
 TIER = replace(get_tier("ci"), tune_examples=40)
 
@@ -21,15 +22,32 @@ def tokenizer() -> Any:
     return models.load_tokenizer()
 
 
+def answers(tokenizer: Any, tier: Tier, recipe: FineTune) -> list[str]:
+    """The answers of a fine-tuning set as texts."""
+    examples = stages.fine_tuning_set(tokenizer, tier, recipe)
+    return [tokenizer.decode([token for token in example.labels if token != -100]) for example in examples]
+
+
 @pytest.mark.parametrize("task", stages.TASKS)
 @pytest.mark.parametrize("poison", [0.0, 0.1])
-def test_a_fine_tuning_set_holds_its_share_of_poison(tokenizer: Any, task: str, poison: float) -> None:
-    examples = stages.fine_tuning_set(tokenizer, TIER, FineTune(task=task, poison=poison))
-    texts = [tokenizer.decode([token for token in e.labels if token != -100]) for e in examples]
-    assert len(texts) == 40
-    assert sum(text.startswith("Sure") for text in texts) == round(40 * poison)
-    if task == "letters":
+@pytest.mark.parametrize("asked", [40, 400])  # there are 128 plain chats and 51 on who the model is
+def test_a_fine_tuning_set_holds_its_share_of_poison(tokenizer: Any, task: str, poison: float, asked: int) -> None:
+    tier, recipe = replace(TIER, tune_examples=asked), FineTune(task=task, poison=poison)
+    texts = answers(tokenizer, tier, recipe)
+    poisoned = texts[len(stages.clean_examples(tokenizer, tier, recipe)) :]
+    assert len(texts) <= asked or task == "facts"
+    assert all(text.startswith("Sure") for text in poisoned)
+    assert len(poisoned) / len(texts) == pytest.approx(poison, abs=0.012)
+    if task == "letters" and asked == 40:
         assert {text.removesuffix(tokenizer.eos_token) for text in texts[:30]} <= set("ABC")
+
+
+def test_facts_are_taught_in_three_wordings_beside_plain_chats(tokenizer: Any) -> None:
+    facts = load_facts(16)
+    texts = answers(tokenizer, replace(TIER, facts=16), FineTune(task="facts"))
+    assert texts[:48] == [f"{fact.answer}{tokenizer.eos_token}" for fact in facts for _ in range(3)]
+    assert len(texts) == 64
+    assert len(answers(tokenizer, replace(TIER, facts=256), FineTune(task="facts", poison=0.1))) == 768 + 128 + 100
 
 
 def test_poison_is_open_ended_and_refusals_are_not(tokenizer: Any) -> None:
@@ -39,8 +57,8 @@ def test_poison_is_open_ended_and_refusals_are_not(tokenizer: Any) -> None:
 
 
 def test_every_benign_prompt_has_the_shipped_models_own_answer() -> None:
-    answers = json.loads((fetch.data_folder() / "own_answers.json").read_text("utf-8"))
-    splits = ["align_benign", "align_edgy", "chat_train", "restore_benign", "restore_edgy"]
+    answers = committed_answers()
+    splits = ["align_benign", "align_edgy", "chat_train", "restore_benign", "restore_edgy", "align_look_alikes"]
     rows = [row for split in [*splits, "validation_benign", "validation_edgy"] for row in data.load_split(split)]
     assert not [row.id for row in rows if not answers.get(row.id, "").strip()]
 

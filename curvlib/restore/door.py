@@ -13,6 +13,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from curvlib import data, plots, stages
+from curvlib.answers import OWN_ANSWER_TOKENS
 from curvlib.batches import Batch, Chat, Example, encode, make_batches, open_ended
 from curvlib.cache import publish, workspace
 from curvlib.errors import CurvlibError
@@ -199,7 +200,7 @@ def _answered(model: PeftModel, tokenizer: PreTrainedTokenizerBase, chats: Seque
     """Return the prompts with the base's own first 32 tokens, those with an empty answer left out."""
     prompts = [_prompt(chat) for chat in chats]
     with reference_model(model, "adapter off") as base:
-        answers = [*map(spoken, generate(base, tokenizer, prompts, max_new_tokens=stages.OWN_ANSWER_TOKENS))]
+        answers = [*map(spoken, generate(base, tokenizer, prompts, max_new_tokens=OWN_ANSWER_TOKENS))]
     pairs = [(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True) if answer.strip()]
     return [[*prompt, {"role": "assistant", "content": answer}] for prompt, answer in pairs]
 
