@@ -12,7 +12,6 @@ import json
 import linecache
 import os
 import pickle
-import resource
 import signal
 import sys
 from pathlib import Path
@@ -81,6 +80,8 @@ def define(path: Path, kinds: tuple[type, ...]) -> tuple[dict[str, Any], list[st
 
 def limit(seconds: int) -> None:
     """Bound the CPU, the memory and the size of a file that this process may use."""
+    import resource  # here, because it is missing on Windows, where only reading and releasing work
+
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000_000, 10_000_000))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
