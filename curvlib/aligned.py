@@ -23,10 +23,10 @@ from curvlib import data, fetch, models, stages
 from curvlib.answers import committed_answers
 from curvlib.artifacts import artifact
 from curvlib.batches import IGNORED, Example, encode, open_ended
-from curvlib.evaluate.generate import generate
 from curvlib.evaluate.judge import judge
 from curvlib.evaluate.stats import Estimate, rate
 from curvlib.finetune import TrainingConfig, train
+from curvlib.generate import generate
 
 PREFILL = "Sure, here is"
 LONGEST_OPENING = 8  # tokens

@@ -8,7 +8,7 @@ from typing import Any
 
 from curvlib import data, fetch, models
 from curvlib.artifacts import artifact
-from curvlib.evaluate.generate import generate
+from curvlib.generate import generate
 from curvlib.tiers import Tier
 
 OWN_ANSWER_TOKENS = 32

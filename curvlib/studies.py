@@ -36,7 +36,7 @@ class Study:
 
 
 def _degradation() -> Study:
-    from curvlib.evaluate import study
+    from curvlib import degradation as study
 
     return Study(study.PARTS, study.claims)
 

@@ -13,7 +13,7 @@ from curvlib.batches import IGNORED, Batch, Example, answer_logits, answer_targe
 from curvlib.curvature.forward import flat_gradient
 from curvlib.curvature.ggn import ggn_vector_product
 from curvlib.curvature.hessian import hessian_vector_product
-from curvlib.evaluate.generate import decode_batch, left_pad
+from curvlib.generate import decode_batch, left_pad
 from curvlib.parameters import trainable
 from curvlib.prefix import common_beginning, read_beginning, token_positions
 from tests.cases import pair, random, relative_error

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from curvlib.batches import IGNORED, encode, open_ended
 from curvlib.errors import CurvlibError
 from curvlib.evaluate import behaviour
-from curvlib.evaluate.generate import end_tokens, generate, render
+from curvlib.generate import end_tokens, generate, render
 from curvlib.template import end_text, spoken
 from tests.cases import llama
 
@@ -143,7 +143,7 @@ def test_generation_stops_at_the_templates_own_end(monkeypatch: pytest.MonkeyPat
     textual = tokenizer(PLAIN.replace("END", "<|finish|>"))
     assert end_text(textual) == "<|finish|>"
     written = textual("fine<|finish|>more", add_special_tokens=False)["input_ids"]
-    monkeypatch.setattr("curvlib.evaluate.generate.decode_batch", lambda *_: [written])
+    monkeypatch.setattr("curvlib.generate.decode_batch", lambda *_: [written])
     assert generate(model, textual, [ASKED]) == ["fine"]
 
 

@@ -28,7 +28,7 @@ from curvlib.defenses.layers import instead, patch
 from curvlib.defenses.method import Defended, Method, Setting
 from curvlib.defenses.quantiser import QuantisedLinear
 from curvlib.evaluate.behaviour import reference_model
-from curvlib.evaluate.generate import left_pad
+from curvlib.generate import left_pad
 from curvlib.landscape.directions import adapted_layers, effective_weight
 from curvlib.prefix import token_positions
 from curvlib.progress import bar

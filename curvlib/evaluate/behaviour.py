@@ -16,9 +16,9 @@ from transformers import PreTrainedTokenizerBase
 
 from curvlib.batches import IGNORED, Batch, answer_logits, at_least_float32
 from curvlib.errors import CurvlibError
-from curvlib.evaluate.generate import Model, Prompt, evaluating, generate, messages
 from curvlib.evaluate.judge import VERDICTS, Verdict, judge
 from curvlib.evaluate.stats import Estimate, bootstrap, rate
+from curvlib.generate import Model, Prompt, evaluating, generate, messages
 from curvlib.template import spoken
 
 Reference = Model | Literal["adapter off"]  # another model, or the same without its adapter

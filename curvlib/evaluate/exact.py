@@ -10,9 +10,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from curvlib.batches import Chat, encode
-from curvlib.evaluate.generate import Model, generate
 from curvlib.evaluate.likelihood import token_losses
 from curvlib.evaluate.stats import Estimate, bootstrap, rate
+from curvlib.generate import Model, generate
 
 ANSWER_TOKENS = 12  # the longest right answer has six
 

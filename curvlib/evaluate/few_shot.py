@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from curvlib.batches import Chat
 from curvlib.evaluate.exact import ExactMatch, exact_match
-from curvlib.evaluate.generate import Model
 from curvlib.fetch import data_folder
+from curvlib.generate import Model
 
 SHOTS = 8
 

@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from curvlib.batches import IGNORED, Example, answer_logits, answer_targets, at_least_float32, make_batches
 from curvlib.errors import CurvlibError
-from curvlib.evaluate.generate import evaluating
 from curvlib.evaluate.stats import Estimate, bootstrap
+from curvlib.generate import evaluating
 
 
 def continuation(head: Sequence[int], tail: Sequence[int]) -> Example:

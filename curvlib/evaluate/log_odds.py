@@ -20,8 +20,8 @@ from transformers import PreTrainedTokenizerBase
 
 from curvlib import data, fetch
 from curvlib.errors import CurvlibError
-from curvlib.evaluate.generate import Model, Prompt, evaluating, messages, render
 from curvlib.evaluate.likelihood import continuation, token_losses
+from curvlib.generate import Model, Prompt, evaluating, messages, render
 from curvlib.progress import bar
 
 DEPTHS = (0, 1, 3, 6)  # tokens; where only the first is safe, the log-odds fall from depth 1 on

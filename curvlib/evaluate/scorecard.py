@@ -18,9 +18,9 @@ from curvlib import data, models, stages
 from curvlib.artifacts import artifact
 from curvlib.errors import CurvlibError
 from curvlib.evaluate.behaviour import Behaviour, excerpt, measure_behaviour, summarise
-from curvlib.evaluate.generate import Model
 from curvlib.evaluate.stats import rate
 from curvlib.evaluate.utility import Choices, letter_accuracy
+from curvlib.generate import Model
 from curvlib.tiers import Tier
 
 PARTS = ("harmful", "edgy", "task")

@@ -17,9 +17,9 @@ from transformers import PreTrainedTokenizerBase
 from curvlib.batches import Chat, encode
 from curvlib.data import Example, task_answer, task_question
 from curvlib.errors import CurvlibError
-from curvlib.evaluate.generate import Model, evaluating, left_pad, render
 from curvlib.evaluate.likelihood import token_losses
 from curvlib.evaluate.stats import Estimate, rate
+from curvlib.generate import Model, evaluating, left_pad, render
 from curvlib.prefix import read_beginning
 
 OPENING = "The answer is"  # how `task_answer` begins: the letter comes next

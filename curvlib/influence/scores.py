@@ -16,8 +16,8 @@ from curvlib.batches import IGNORED, Batch, Example, answer_logits, answer_targe
 from curvlib.curvature.forward import jacobian_vector_product
 from curvlib.curvature.inverse import Inverse, damped_inverse
 from curvlib.errors import CurvlibError
-from curvlib.evaluate.generate import evaluating
 from curvlib.evaluate.likelihood import token_losses
+from curvlib.generate import evaluating
 from curvlib.influence.gradients import BATCH_SIZE, Gradients, check_examples, in_batches
 from curvlib.parameters import trainable
 from curvlib.prefix import token_positions

@@ -18,8 +18,8 @@ from curvlib.batches import Batch, Chat, Example, encode, make_batches, open_end
 from curvlib.cache import publish, workspace
 from curvlib.errors import CurvlibError
 from curvlib.evaluate.behaviour import Behaviour, measure_behaviour, reference_model
-from curvlib.evaluate.generate import Model, generate
 from curvlib.evaluate.judge import VERDICTS, is_refusal
+from curvlib.generate import Model, generate
 from curvlib.parameters import assign, trainable
 from curvlib.progress import say
 from curvlib.restore import objectives

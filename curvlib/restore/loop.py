@@ -30,7 +30,7 @@ from curvlib.curvature.lowrank import sampled_fisher
 from curvlib.curvature.operator import Operator
 from curvlib.curvature.solve import lbfgs_inverse
 from curvlib.errors import CurvlibError
-from curvlib.evaluate.generate import Model
+from curvlib.generate import Model
 from curvlib.nf4 import kept_weights
 from curvlib.parameters import assign, flatten, trainable
 from curvlib.progress import bar

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from curvlib.batches import Batch
 from curvlib.evaluate.behaviour import reference_model
-from curvlib.evaluate.generate import Model
+from curvlib.generate import Model
 from curvlib.parameters import flatten, trainable
 from curvlib.restore import objectives
 from curvlib.restore.objectives import SafetyBatches

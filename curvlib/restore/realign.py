@@ -13,8 +13,8 @@ from torch import Tensor
 
 from curvlib.batches import Batch, Example, taken_apart
 from curvlib.errors import CurvlibError
-from curvlib.evaluate.generate import Model
 from curvlib.finetune import TrainingConfig, train
+from curvlib.generate import Model
 from curvlib.parameters import assign, flatten, trainable
 from curvlib.restore.objectives import SafetyBatches
 from curvlib.restore.outcome import Budget, HeldOut, Judge, RestorationResult, best

@@ -31,7 +31,7 @@ from curvlib.curvature.lowrank import LowRankInverse, LowRankOperator, sampled_f
 from curvlib.curvature.operator import CurvatureOperator, FunctionOperator, Operator
 from curvlib.curvature.solve import Solution, conjugate_gradient
 from curvlib.errors import CurvlibError
-from curvlib.evaluate.generate import Model
+from curvlib.generate import Model
 from curvlib.parameters import assign, flatten, shifted, trainable
 from curvlib.progress import bar
 from curvlib.restore.objectives import SafetyBatches

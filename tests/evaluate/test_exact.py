@@ -8,7 +8,7 @@ import pytest
 from curvlib.batches import Chat
 from curvlib.evaluate import exact
 from curvlib.evaluate.exact import exact_match, normalise
-from curvlib.evaluate.generate import render
+from curvlib.generate import render
 from tests.evaluate import toys
 
 CHATS: list[Chat] = [

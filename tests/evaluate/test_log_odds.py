@@ -14,8 +14,8 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from curvlib import data, fetch
 from curvlib.batches import answer_loss, encode, make_batches
 from curvlib.errors import CurvlibError
-from curvlib.evaluate.generate import render
 from curvlib.evaluate.log_odds import DEPTHS, TOKENS, safety_log_odds, targets
+from curvlib.generate import render
 from tests.evaluate.toys import SPECIAL, WORDS, dense_losses, llama, tokenizer
 
 MORE = "I can ' t help Sure , ! here Here is with that sorry but No won assist support to decline how make it goes"

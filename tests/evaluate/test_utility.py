@@ -7,8 +7,8 @@ import torch
 
 from curvlib.data import Example
 from curvlib.errors import CurvlibError
-from curvlib.evaluate.generate import render
 from curvlib.evaluate.utility import compare, letter_accuracy, question_turns, sentence_accuracy
+from curvlib.generate import render
 from tests.evaluate.toys import dense_losses, llama, tokenizer
 
 OPTIONS = {"A": "red", "B": "one two three four", "C": "blue list"}

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 
+from curvlib import generate as module
 from curvlib.errors import CurvlibError
-from curvlib.evaluate import generate as module
-from curvlib.evaluate.generate import end_tokens, evaluating, generate, left_pad, render
+from curvlib.generate import end_tokens, evaluating, generate, left_pad, render
 from tests.evaluate.toys import adapted, llama, tokenizer
 
 PROMPTS = [

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from curvlib.evaluate import study
+from curvlib import degradation as study
 from curvlib.evaluate.behaviour import summarise
 from curvlib.evaluate.judge import Verdict
 from curvlib.evaluate.scorecard import Scorecard
