@@ -21,7 +21,8 @@ from curvlib.finetune import train
 from curvlib.landscape.directions import Direction, multiply_adapter
 from curvlib.parameters import assign, flatten, trainable
 from curvlib.restore.controls import random_step, shuffled_answers
-from curvlib.restore.outcome import DRAWS, chats
+from curvlib.restore.metrics import DRAWS
+from curvlib.restore.outcome import chats
 from curvlib.restore.recipe import BATCH_SIZE, Chats, Restoration, adapted, restoration_chats, restored
 from curvlib.stages import FineTune
 from curvlib.tiers import Tier

@@ -19,8 +19,9 @@ from curvlib.curvature.kronecker import EKFAC
 from curvlib.errors import CurvlibError
 from curvlib.finetune import TrainingConfig
 from curvlib.restore.loop import restore
-from curvlib.restore.objectives import SafetyBatches, value
-from curvlib.restore.outcome import DRAWS, Budget, HeldOut, RestorationResult, held_out_terms
+from curvlib.restore.metrics import DRAWS
+from curvlib.restore.objectives import GOALS, SafetyBatches, value
+from curvlib.restore.outcome import Budget, HeldOut, RestorationResult, held_out_terms
 from curvlib.restore.realign import realign
 from curvlib.stages import FineTune, pad_id
 from curvlib.tiers import Tier
@@ -28,7 +29,7 @@ from curvlib.tiers import Tier
 CODE = {  # files that make a restored adapter, beside outcome.py and objectives.py
     "realign": ("realign",),
     "return": ("weighted_return",),
-    "": ("loop",),
+    "": ("loop", "metrics"),
 }
 FACTOR_CHATS = 64  # a third of a fine-tuning set; each is differentiated twice
 SAVED = ("saved", "guarded")  # metrics that were saved beside the adapter
@@ -142,7 +143,8 @@ def restored(
         config["factors"] = factors.parent.name
 
     def build(place: Path) -> None:
-        goal = aligned_loss(tier, how, chats) if recipe.method == "full" else None
+        own = recipe.method != "full" or how.objective in GOALS
+        goal = None if own else aligned_loss(tier, how, chats)
         model = adapted(tier, recipe, worn)
         result = run(model, chats, how, seed=recipe.seed, factors=factors, goal=goal)
         model.save_pretrained(str(place / "model"))
@@ -171,7 +173,7 @@ def aligned_loss(tier: Tier, how: Restoration, chats: Chats) -> float:
     if how.objective in ("distill", "return"):
         raise CurvlibError(
             f"objective {how.objective!r} was given for a full fine-tune, expected one that does not read the aligned "
-            "model, which lies under a LoRA adapter only: choose refusal, ascent, both or composite"
+            "model, which lies under a LoRA adapter only: choose refusal, ascent, both, composite or margin"
         )
     objective = "refusal" if how.objective == "realign" else how.objective
     return value(stages.load_aligned(tier)[0], held_out_terms(objective, chats.held_out))
