@@ -24,22 +24,18 @@ import torch
 from torch import Tensor
 
 from curvlib.batches import Batch
-from curvlib.curvature.hessian import hessian
-from curvlib.curvature.inverse import Inverse, damped_inverse, exactly
-from curvlib.curvature.lowrank import sampled_fisher
-from curvlib.curvature.operator import Operator
-from curvlib.curvature.solve import lbfgs_inverse
+from curvlib.curvature.inverse import Inverse
 from curvlib.errors import CurvlibError
 from curvlib.generate import Model
 from curvlib.nf4 import kept_weights
 from curvlib.parameters import assign, flatten, trainable
 from curvlib.progress import bar
 from curvlib.restore import objectives
-from curvlib.restore.objectives import TASK_WEIGHT, SafetyBatches, Term
-from curvlib.restore.outcome import DRAWS, TOLERANCE, Budget, HeldOut, Judge, RestorationResult, StepRecord, chats
+from curvlib.restore.metrics import build_metric
+from curvlib.restore.objectives import SafetyBatches, Term
+from curvlib.restore.outcome import Budget, HeldOut, Judge, RestorationResult, StepRecord, chats
 from curvlib.restore.weighted_return import weighted_return
 
-METRICS = ("identity", "diagonal", "fisher", "ggn", "hessian", "ekfac", "lbfgs", "composite")
 POOR, GOOD = 0.25, 0.75  # ratios of actual to predicted gain between which a trust region keeps its size
 
 
@@ -64,16 +60,18 @@ def restore(
         safety_batches: harmful requests, refused and complied with.
         held_out: validation chats for the line search, the budget and the stopping rule.
         benign_batches: benign and benign-edgy chats: their curvature is protected too, which keeps refusals selective.
-        objective: ``refusal``, ``ascent``, ``both``, ``composite`` or ``distill``, see
+        objective: ``refusal``, ``ascent``, ``both``, ``composite``, ``margin`` or ``distill``, see
             :mod:`curvlib.restore.objectives`; or ``return``, see :mod:`curvlib.restore.weighted_return`.
-        metric: a name, see :func:`build_metric`, or a damped inverse, such as that of a saved EK-FAC or one from
-            :func:`curvlib.curvature.damping.damped_by_rule`; the latter needs neither task nor benign chats.
+        metric: a name, see :mod:`curvlib.restore.metrics`, or a damped inverse, such as a saved EK-FAC's or that of
+            :func:`curvlib.curvature.damping.damped_by_rule`, which needs neither task nor benign chats here.
         budget: steps, trust region, allowed rise, damping.
-        goal: held-out safety loss at which it stops; by default the aligned model's, which is the adapter switched off.
+        goal: held-out safety loss at which it stops; by default the objective's own, or else the aligned model's, which
+            is the adapter switched off.
             A ``return`` takes no steps and has none.
         seed: of the metric's sampled labels.
 
-    It stops when the held-out safety loss reaches the goal, when no step passes, or when the steps are spent. The
+    It stops when the held-out safety loss reaches the goal, when no step passes (as where the protected losses have
+    used up their allowed rise), or when the steps are spent. The
     metric is measured once, where the restoration starts. Cost of a step: one gradient of the safety chats (and one of
     the protected chats if steps are to be orthogonal to it), at most ``products`` products a solve, a forward pass of
     the held-out chats a trial.
@@ -142,6 +140,8 @@ class _Search:
         self.steps.append(self.judge.measure())
         for _ in bar(range(self.budget.steps), desc="restore"):
             gradient = self.gradient(self.parts)
+            if len(self.steps) > 1 and not gradient.any():
+                return "the objective is at its bound" + self.told
             if metric is None:
                 metric = measured(gradient)
                 self.products, self.gradients = metric.products, self.gradients + metric.gradients
@@ -156,7 +156,8 @@ class _Search:
             trust = next_trust(trust, record.trust, ratio if self.budget.ratio else None)
             self.steps.append(record)
             if record.safety <= goal:
-                return "reached the aligned model's loss" + self.told
+                name = "goal" if self.judge.given_goal is not None else "aligned model's loss"
+                return f"reached the {name}{self.told}"
         return "steps spent" + self.told
 
     def gradient(self, parts: Sequence[Term]) -> Tensor:
@@ -229,64 +230,3 @@ def next_trust(tried: float, passed: float, ratio: float | None) -> float:
     if ratio is None:
         return 2 * tried if passed == tried else passed
     return passed * (4 if ratio > GOOD else 1 / 4 if ratio < POOR else 1)
-
-
-def build_metric(
-    name: str,
-    model: Model,
-    protected: Sequence[Batch],
-    *,
-    damping: float,
-    products: int,
-    seed: int = 0,
-    compliances: Sequence[Batch] = (),
-    along: Tensor | None = None,
-) -> Inverse:
-    r"""Return the damped metric M called ``name`` at the model's present parameters, as a solver of :math:`M x = b`.
-
-    Most are those of :func:`curvlib.curvature.inverse.damped_inverse`, for the chats to protect. Two see a curvature
-    along a few steps only, as an L-BFGS inverse with Powell's damping: ``lbfgs`` the Hessian of the protected loss,
-    ``composite`` that of :math:`-L_\text{comply} + \mu L_\text{protected}`.
-
-    Args:
-        name: one of :data:`METRICS`.
-        model: its trainable parameters span the space of steps.
-        protected: chats whose behaviour the metric protects.
-        damping: :math:`\lambda` as a multiple of the sampled Fisher's mean non-zero eigenvalue, the same λ in every
-            metric; unused by ``identity``.
-        products: most products of one solve, or curvature pairs of L-BFGS.
-        seed: of the sampled labels and of L-BFGS's random steps.
-        compliances: harmful requests that are agreed to, for ``composite``.
-        along: the safety gradient (P,), along which L-BFGS measures its newest pair; a random step if None.
-
-    Raises:
-        CurvlibError: the name is unknown, or chats are missing.
-    """
-    if name not in METRICS:
-        raise CurvlibError(f"no metric is called {name!r}: choose one of {', '.join(METRICS)}")
-    if name not in ("lbfgs", "composite"):
-        return damped_inverse(
-            name,
-            model,
-            protected,
-            factor=damping,
-            draws=DRAWS,
-            products=products,
-            tolerance=TOLERANCE,
-            seed=seed,
-        )
-    if not protected or (name == "composite" and not compliances):
-        raise CurvlibError(f"metric {name!r} lacks chats: give chats to protect, for 'composite' compliances too")
-    fisher = sampled_fisher(model, protected, samples=DRAWS, seed=seed)
-    shift, operator = damping * fisher.scale, _plus_hessian(name, model, protected, compliances)
-    generator = torch.Generator().manual_seed(seed)
-    steps = [torch.randn(fisher.size, generator=generator).to(fisher.rows) for _ in range(products)]
-    steps = steps if along is None else [*steps[:-1], along]  # the newest pair is the most trusted
-    units = [step / step.norm() for step in steps]
-    inverse = lbfgs_inverse((unit, operator.matvec(unit) + shift * unit) for unit in units)
-    return Inverse(name, shift, exactly(inverse.matvec), len(fisher.rows), products)
-
-
-def _plus_hessian(name: str, model: Model, protected: Sequence[Batch], compliances: Sequence[Batch]) -> Operator:
-    whole = hessian(model, protected)
-    return TASK_WEIGHT * whole - hessian(model, compliances) if name == "composite" else whole

@@ -7,15 +7,23 @@ refused, and :math:`p_0` for the aligned base (the adapter switched off), the re
     \text{ascent: } -\min(L_+, c), \qquad \text{refusal: } L_-, \qquad \text{both: } L_- - \min(L_+, c), \qquad
     \text{composite: } -\min(L_+, c) + \mu L_\text{task},
 
+.. math:: \text{margin: } \mathbb E_{\text{harmful}} \max(0, m - s), \qquad
+    s = \log p_\theta(\text{refusal}) - \log p_\theta(\text{opening}),
+
 .. math:: \text{distill: } \mathbb E_{\text{harmful}}\,\mathrm{KL}(p_0 \,\|\, p_\theta)
     + \mathbb E_{\text{benign}}\,\mathrm{KL}(p_0 \,\|\, p_\theta) \quad\text{at the answer tokens.}
 
-The first says what to leave and not where to go; its bound c keeps it from running off to infinity. The last asks for
-the base's own distribution, on refusals and on benign and benign-edgy chats alike: refusing both is no optimum of it.
+The first says what to leave and not where to go; its bound c keeps it from running off to infinity. The margin asks for
+a refusal that is :math:`e^m` times as likely as an opening, which goes deeper than the nearest refusal does. The last
+asks for the base's own distribution, on refusals and on benign and benign-edgy chats: refusing both is no optimum.
+
+Restoration stops at the aligned model's value, but where that says nothing: :data:`GOALS` holds an objective's own. For
+ascent and composite the aligned model's value lies above the start, so the budget of the protected loss ends them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,24 +31,61 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import kl_div
+from torch.nn.functional import kl_div, pad
 
-from curvlib.batches import Batch, answer_logits, answer_loss, at_least_float32
+from curvlib.batches import (
+    IGNORED,
+    Batch,
+    Example,
+    answer_logits,
+    answer_loss,
+    at_least_float32,
+    chat_losses,
+    make_batches,
+)
 from curvlib.errors import CurvlibError
 from curvlib.evaluate.behaviour import answer_log_probabilities, reference_model
 from curvlib.nf4 import kept_weights
 
 COMPLIANCE_BOUND = 5.0  # nats per token, half the loss of a uniform guess over 49,152 tokens: agreement is gone by then
 TASK_WEIGHT = 1.0  # μ of the composite objective: a nat of the task for a nat of agreement
+MARGIN = 5.0  # nats: a refusal is 150 times as likely as an opening
+GOALS = {"ascent": -COMPLIANCE_BOUND, "composite": -math.inf, "margin": 0.0}  # the others': the aligned model's value
 KEPT_BYTES = 1 << 28  # the base's log-probabilities are kept up to 256 MB: 1,365 answer tokens of SmolLM2
 
 
 @dataclass(frozen=True)
 class SafetyBatches:
-    """Harmful requests as ``refusals`` (refused) and ``compliances`` (agreed to in a content-free opening)."""
+    """Harmful requests as ``refusals`` (refused) and ``compliances`` (agreed to in a content-free opening).
+
+    ``pairs`` are batches of :func:`paired`, for the margin.
+    """
 
     refusals: Sequence[Batch]
     compliances: Sequence[Batch] = ()
+    pairs: Sequence[Batch] = ()
+
+
+def paired(refusals: Sequence[Example], openings: Sequence[Example], batch_size: int, pad_id: int) -> list[Batch]:
+    """Return batches of requests refused, followed by the same requests agreed to, in the same order.
+
+    Raises:
+        CurvlibError: there are not as many of the ones as of the others.
+    """
+    if len(refusals) != len(openings):
+        raise CurvlibError(f"{len(refusals)} refusals and {len(openings)} openings: give both for each request")
+    batches = []
+    for start in range(0, len(refusals), batch_size):
+        chosen = slice(start, start + batch_size)
+        rows = [make_batches([example], 1, pad_id)[0] for example in [*refusals[chosen], *openings[chosen]]]
+        width = max(row.labels.shape[1] for row in rows)
+        fills = {"input_ids": pad_id, "attention_mask": 0, "labels": IGNORED}
+        wide = {
+            name: torch.cat([pad(vars(row)[name], (width - row.labels.shape[1], 0), value=fill) for row in rows])
+            for name, fill in fills.items()
+        }
+        batches.append(Batch(**wide))
+    return batches
 
 
 Loss = Callable[[Any, Batch], Tensor]  # (model, batch) -> mean over the batch's answer tokens, a scalar
@@ -60,6 +105,18 @@ def _bounded_ascent(model: nn.Module, batch: Batch) -> Tensor:
 
 def _weighted(weight: float, model: nn.Module, batch: Batch) -> Tensor:
     return weight * answer_loss(model, batch)
+
+
+def log_odds(model: nn.Module, batch: Batch) -> Tensor:
+    """Return s (B,) in nats for the B requests of a batch of :func:`paired`, summed over each answer's tokens."""
+    tokens = (batch.labels != IGNORED).sum(dim=1)
+    sums = chat_losses(model, batch) * tokens.to(next(model.parameters()).device)
+    refused, agreed = sums.chunk(2)
+    return agreed - refused
+
+
+def _short_of_margin(model: nn.Module, batch: Batch) -> Tensor:
+    return (MARGIN - log_odds(model, batch)).clamp(min=0).mean()
 
 
 class FromBase:
@@ -95,7 +152,7 @@ class FromBase:
 def terms(
     objective: str, safety: SafetyBatches, task: Sequence[Batch] = (), benign: Sequence[Batch] = ()
 ) -> list[Term]:
-    """Return the terms of ``refusal``, ``ascent``, ``both``, ``composite`` or ``distill``.
+    """Return the terms of ``refusal``, ``ascent``, ``both``, ``composite``, ``margin`` or ``distill``.
 
     Args:
         objective: its name.
@@ -113,6 +170,7 @@ def terms(
         "ascent": [ascent],
         "both": [refusal, ascent],
         "composite": [ascent, Term(task, partial(_weighted, TASK_WEIGHT))],
+        "margin": [Term(safety.pairs, _short_of_margin)],
         "distill": [Term(safety.refusals, from_base), Term(benign, from_base)],
     }
     if objective not in known:
@@ -120,7 +178,7 @@ def terms(
     if not all(term.batches for term in known[objective]):
         raise CurvlibError(
             f"objective {objective!r} got no safety chats, or none of another kind that it needs: give it harmful "
-            "prompts with their answers, for 'distill' benign chats too, for 'composite' task chats"
+            "prompts with their answers, for 'margin' in pairs, for 'distill' benign chats, for 'composite' task chats"
         )
     return known[objective]
 

@@ -16,9 +16,6 @@ from curvlib.parameters import flatten, trainable
 from curvlib.restore import objectives
 from curvlib.restore.objectives import SafetyBatches
 
-DRAWS = 2  # sampled labels a chat: the Fisher matrix then has two rows for each
-TOLERANCE = 1e-2  # relative residual of a solve: a direction needs no more
-
 
 @dataclass(frozen=True)
 class Budget:
@@ -110,8 +107,9 @@ class Judge:
 
     @classmethod
     def of(cls, model: Model, objective: str, held_out: HeldOut, goal: float | None = None) -> Judge:
-        """Return the judge of an objective on the held-out chats; a goal that is given replaces the aligned model's."""
+        """Return the judge of an objective on the held-out chats; a goal that is given replaces the objective's own."""
         parts = held_out_terms(objective, held_out)
+        goal = objectives.GOALS.get(objective) if goal is None else goal
         return cls(model, parts, held_out.protected, flatten(trainable(model)), given_goal=goal)
 
     def measure(self, *, trust: float = 0.0, norm: float = 0.0) -> StepRecord:

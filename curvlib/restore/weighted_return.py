@@ -34,8 +34,9 @@ from curvlib.errors import CurvlibError
 from curvlib.generate import Model
 from curvlib.parameters import assign, flatten, shifted, trainable
 from curvlib.progress import bar
+from curvlib.restore.metrics import DRAWS, TOLERANCE
 from curvlib.restore.objectives import SafetyBatches
-from curvlib.restore.outcome import DRAWS, TOLERANCE, Budget, HeldOut, Judge, RestorationResult, best
+from curvlib.restore.outcome import Budget, HeldOut, Judge, RestorationResult, best
 
 METRICS = ("identity", "fisher", "ggn", "ekfac")
 STRENGTHS = tuple(10 ** (power / 2) for power in range(-1, 5))  # c from 0.3 to 100, two in each decade

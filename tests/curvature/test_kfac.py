@@ -130,7 +130,7 @@ class Misused(SoftmaxRegression):
     def __init__(self, uses: int) -> None:
         super().__init__(INPUTS)
         self.uses = uses
-        self.head = nn.Linear(INPUTS, 3, dtype=torch.float64)
+        self.head = nn.Linear(INPUTS, 3, bias=False, dtype=torch.float64)
 
     def forward(self, input_ids: Tensor, logits_to_keep: Tensor | slice = slice(None), **_: Any) -> SimpleNamespace:
         x = self.vectors(input_ids)

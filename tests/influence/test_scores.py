@@ -18,7 +18,7 @@ from curvlib.influence import scores
 from curvlib.influence.gradients import Gradients, example_gradients, query_gradients
 from curvlib.influence.toys import toy
 from curvlib.parameters import shifted, trainable
-from curvlib.restore.loop import DRAWS, build_metric
+from curvlib.restore.metrics import DRAWS, build_metric
 from tests import cases
 
 CHATS = taken_apart(cases.batches(count=6, size=3))

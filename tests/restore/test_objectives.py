@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from curvlib.batches import answer_logits, answer_loss
+from curvlib.batches import answer_logits, answer_loss, make_batches, taken_apart
 from curvlib.errors import CurvlibError
 from curvlib.parameters import assign, flatten, trainable
-from curvlib.restore import SafetyBatches, objectives
+from curvlib.restore import Budget, HeldOut, SafetyBatches, objectives, restore
 from tests import cases
 
 TASK, REFUSALS, COMPLIANCES = (cases.batches(4, seed=seed) for seed in (1, 2, 3))
@@ -103,3 +105,41 @@ def test_unknown_names_and_missing_chats_are_refused() -> None:
             objectives.terms(objective, SafetyBatches([]))
     with pytest.raises(CurvlibError, match="for 'distill' benign chats"):
         objectives.terms("distill", SAFETY)
+
+
+PAIRS = objectives.paired(taken_apart(REFUSALS), taken_apart(COMPLIANCES)[::-1], 3, 0)
+
+
+def test_pairs_keep_their_order_and_the_margin_is_its_definition() -> None:
+    model = cases.pair()[0]
+    refusals, openings = taken_apart(REFUSALS), taken_apart(COMPLIANCES)[::-1]
+    assert [len(batch) for batch in PAIRS] == [6, 2]
+    exact = []
+    with torch.no_grad():
+        for refused, agreed in zip(refusals, openings, strict=True):
+            nats = [answer_loss(model, b) * b.tokens for e in (refused, agreed) for b in make_batches([e], 1, 0)]
+            exact.append(float(nats[1] - nats[0]))
+        found = torch.cat([objectives.log_odds(model, batch) for batch in PAIRS])
+    torch.testing.assert_close(found, torch.tensor(exact), rtol=1e-4, atol=1e-4)
+    shares = torch.tensor([float(batch.tokens) for batch in PAIRS]) / sum(batch.tokens for batch in PAIRS)
+    short = (objectives.MARGIN - torch.tensor(exact)).clamp(min=0)
+    expected = shares[0] * short[:3].mean() + shares[1] * short[3:].mean()
+    (term,) = objectives.terms("margin", replace(SAFETY, pairs=PAIRS))
+    assert objectives.value(model, [term]) == pytest.approx(float(expected), rel=1e-4)
+    with pytest.raises(CurvlibError, match="3 refusals and 4 openings"):
+        objectives.paired(refusals[:3], openings, 3, 0)
+    with pytest.raises(CurvlibError, match="objective 'margin' got no safety chats"):
+        objectives.terms("margin", SAFETY)
+
+
+@pytest.mark.parametrize("objective", ["ascent", "composite", "margin"])
+def test_an_objective_with_a_goal_of_its_own_goes_on_until_the_protected_budget_is_spent(objective: str) -> None:
+    safety = replace(SAFETY, pairs=PAIRS)
+    held_out, results = HeldOut(safety, {"task": TASK}), []
+    for rise in (1e-3, 10.0):
+        budget = Budget(steps=3, trust=0.01, damping=0.1, rise=rise)
+        results.append(restore(cases.nf4_llama(), TASK, safety, held_out=held_out, objective=objective, budget=budget))
+    tight, wide = (result.steps[-1].safety for result in results)
+    assert wide < tight <= results[0].steps[0].safety
+    assert len(results[1].steps) == 4  # the aligned model's value does not end it
+    assert results[1].stop_reason == "steps spent"

@@ -12,8 +12,8 @@ from curvlib.curvature.lowrank import sampled_fisher
 from curvlib.errors import CurvlibError
 from curvlib.parameters import assign, flatten, trainable
 from curvlib.restore import Budget, HeldOut, RestorationResult, SafetyBatches, objectives, restore
-from curvlib.restore.loop import METRICS, orthogonal_to
-from curvlib.restore.outcome import DRAWS
+from curvlib.restore.loop import orthogonal_to
+from curvlib.restore.metrics import DRAWS, METRICS
 from tests import cases
 
 TASK, COMPLIANCES, BENIGN = (cases.batches(4, seed=seed) for seed in (1, 3, 4))

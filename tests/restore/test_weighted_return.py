@@ -14,7 +14,7 @@ from curvlib.curvature.operator import DenseOperator
 from curvlib.errors import CurvlibError
 from curvlib.parameters import assign, flatten, trainable
 from curvlib.restore import Budget, HeldOut, RestorationResult, SafetyBatches, restore
-from curvlib.restore.outcome import DRAWS
+from curvlib.restore.metrics import DRAWS
 from curvlib.restore.weighted_return import METRICS, Valley, WayBack, only_b, way_back, weighted_return
 from tests import cases
 

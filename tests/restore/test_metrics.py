@@ -12,8 +12,7 @@ from curvlib.curvature.hessian import hessian
 from curvlib.curvature.inverse import damped_inverse
 from curvlib.curvature.lowrank import sampled_fisher
 from curvlib.errors import CurvlibError
-from curvlib.restore.loop import METRICS, build_metric
-from curvlib.restore.outcome import DRAWS
+from curvlib.restore.metrics import DRAWS, METRICS, build_metric
 from tests import cases
 
 TASK, COMPLIANCES = cases.batches(4, seed=1), cases.batches(4, seed=3)
@@ -35,6 +34,11 @@ def test_lbfgs_maps_the_newest_pair_back(name: str, sign: float) -> None:
     metric = build_metric(name, model, TASK, **settings)
     assert cases.relative_error(metric.solve(product).solution, along) < 1e-4
     assert metric.products == 3
+    path = [cases.random(fisher().size, seed=seed, dtype=torch.float32) for seed in range(4)]
+    followed = build_metric(name, model, TASK, **settings, steps=path)
+    assert cases.relative_error(followed.solve(product).solution, along) < 1e-4
+    assert cases.relative_error(followed.solve(path[0]).solution, metric.solve(path[0]).solution) > 1e-3
+    assert followed.products == 3
 
 
 @pytest.mark.parametrize("name", ["lbfgs", "composite"])
