@@ -48,10 +48,9 @@ def test_an_inverse_undoes_its_damped_curvature(name: str) -> None:
     assert (inverse.solve(b).products > 0) == (name in ("ggn", "lbfgs", "neumann", "hessian"))
 
 
-@pytest.mark.parametrize("name", ["ggn", "hessian"])
-def test_all_dampings_share_one_space(name: str) -> None:
+def test_all_dampings_share_one_space() -> None:
     model, b = cases.pair()[0], fisher().rows.sum(dim=0)  # where the curvature is
-    fitted, dampings = fit(name, model, CHATS), [fisher().scale, 10 * fisher().scale]
+    fitted, dampings = fit("ggn", model, CHATS), [fisher().scale, 10 * fisher().scale]
     for damping, x in zip(dampings, fitted.solutions(b, dampings, products=12), strict=True):
         assert cases.relative_error(x, fitted.inverse(damping, products=20, tolerance=1e-4)(b)) < 2e-3
         assert cases.relative_error(x, b / damping) > 5e-3  # so that the curvature is seen

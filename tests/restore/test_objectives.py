@@ -133,13 +133,21 @@ def test_pairs_keep_their_order_and_the_margin_is_its_definition() -> None:
 
 
 @pytest.mark.parametrize("objective", ["ascent", "composite", "margin"])
-def test_an_objective_with_a_goal_of_its_own_goes_on_until_the_protected_budget_is_spent(objective: str) -> None:
+def test_an_objective_with_a_goal_of_its_own_goes_on_past_the_aligned_value(
+    objective: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(objectives, "COMPLIANCE_BOUND", 50.0)  # random weights are at the usual bound already
+    monkeypatch.setitem(objectives.GOALS, "ascent", -50.0)
     safety = replace(SAFETY, pairs=PAIRS)
     held_out, results = HeldOut(safety, {"task": TASK}), []
     for rise in (1e-3, 10.0):
         budget = Budget(steps=3, trust=0.01, damping=0.1, rise=rise)
         results.append(restore(cases.nf4_llama(), TASK, safety, held_out=held_out, objective=objective, budget=budget))
-    tight, wide = (result.steps[-1].safety for result in results)
-    assert wide < tight <= results[0].steps[0].safety
-    assert len(results[1].steps) == 4  # the aligned model's value does not end it
-    assert results[1].stop_reason == "steps spent"
+    tight, wide = results
+    assert wide.stop_reason == "steps spent"
+    assert len(wide.steps) == 4
+    assert wide.steps[-1].safety <= tight.steps[-1].safety
+    assert (wide.steps[-1].safety < tight.steps[-1].safety) == (
+        objective != "composite"
+    )  # which lowers the task's loss
+    assert tight.steps[-1].protected["task"] <= tight.steps[0].protected["task"] + 1e-3
