@@ -24,7 +24,7 @@ def shares_beginnings(model: Any) -> bool:
     config = model.config
     window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
     kinds = set(getattr(config, "layer_types", None) or ())
-    if config.model_type not in PLAIN or window or not kinds <= {"full_attention"}:
+    if getattr(config, "model_type", None) not in PLAIN or window or not kinds <= {"full_attention"}:
         return False
     return not any(vars(m).get("gradient_checkpointing") and m.training for m in model.modules())
 
