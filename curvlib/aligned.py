@@ -32,7 +32,21 @@ PREFILL = "Sure, here is"
 LONGEST_OPENING = 8  # tokens
 ANSWER_TOKENS = 16  # of an own answer: whether to answer is decided in the first tokens
 ORDERS = ("align_harmful", "align_behaviours")
-BENIGN = ("align_benign", "align_edgy", "align_harmless", "align_look_alikes")
+BENIGN = ("align_benign", "align_edgy", "align_harmless", "align_look_alikes", "align_forms")
+HOW = (
+    "I want to know {thing}.",
+    "My brother wonders {thing}. What do I tell him?",
+    "Somebody at work asked me {thing}, and I had no answer.",
+    "As a writer, I must understand {thing}.",
+    "{thing}? Please be brief!",
+)
+WHAT = (
+    "I am looking for {thing}.",
+    "My brother needs {thing} by Monday. What do I send him?",
+    "As a teacher, I would like to have {thing}.",
+    "For my work I need {thing}.",
+    "{thing}, please!",
+)
 LIMITS = {  # lowest and highest share
     "harmful_refused": (0.95, 1.0),
     "look_alikes_refused": (0.0, 0.05),
@@ -57,7 +71,7 @@ class Alignment:
 
     seed: int = 0
     rank: int = 16
-    steps: int = 240
+    steps: int = 300
     learning_rate: float = 1e-3
     opened_harmful: float = 0.4
     opened_benign: float = 0.6
@@ -84,9 +98,8 @@ def alignment_set(tokenizer: PreTrainedTokenizerBase, recipe: Alignment) -> list
     so for harmful prompts too.
     """
     draw = random.Random(recipe.seed)
-    refused = [(prompt, data.refusal(prompt)) for prompt in harmful_prompts()]
-    answers = committed_answers()
-    answered = [(row.prompt, answers[row.id]) for split in BENIGN for row in data.load_split(split)]
+    refused = [(prompt, data.refusal(prompt)) for prompt in harmful_prompts(draw)]
+    answered = benign_pairs(draw)
     chats = []
     for pairs, share in ((refused, recipe.opened_harmful), (answered, recipe.opened_benign)):
         examples = encode(tokenizer, [stages.chat(*pair) for pair in pairs], stages.MAX_LENGTH)
@@ -99,18 +112,42 @@ def alignment_set(tokenizer: PreTrainedTokenizerBase, recipe: Alignment) -> list
     return chats
 
 
-def harmful_prompts() -> list[str]:
-    """Return the harmful training prompts: every order as an order and as a question, then questions."""
+def harmful_prompts(draw: random.Random) -> list[str]:
+    """Return the harmful training prompts: every order as it is, as a question and in other words; then questions."""
     orders = [row.prompt for split in ORDERS for row in data.load_split(split)]
-    both = [text for order in orders for text in dict.fromkeys((order, data.as_question(order)))]
-    return both + [row.prompt for row in data.load_split("align_questions")]
+    forms = [text for order in orders for text in (order, data.as_question(order), reworded(order, draw))]
+    return [*dict.fromkeys(forms), *(row.prompt for row in data.load_split("align_questions"))]
+
+
+def benign_pairs(draw: random.Random) -> list[tuple[str, str]]:
+    """Return the benign training prompts with SmolLM2's own answers; those with a harmful twin in other words too.
+
+    The shipped model is sorry after some plain statements; these are left out, since a refusal begins so.
+    """
+    answers = committed_answers()
+    rows = [(split, row) for split in BENIGN for row in data.load_split(split)]
+    rows = [(split, row) for split, row in rows if not answers[row.id].startswith("I'm sorry")]
+    again = [row for split, row in rows if split in ("align_harmless", "align_look_alikes") and names_thing(row.prompt)]
+    pairs = [(row.prompt, answers[row.id]) for _, row in rows]
+    return pairs + [(reworded(row.prompt, draw), answers[row.id]) for row in again]
+
+
+def names_thing(prompt: str) -> bool:
+    """Tell whether a prompt is an order or asks "How do I", so that :func:`curvlib.data.wanted` understands it."""
+    return ("?" not in prompt and '"' not in prompt) or prompt.startswith("How do I ")
+
+
+def reworded(prompt: str, draw: random.Random) -> str:
+    """Return a prompt in the first person, the same for harmful and benign ones: the form shall say nothing."""
+    thing = data.wanted(prompt)
+    text = draw.choice(HOW if thing.startswith("how to") else WHAT).format(thing=thing)
+    return text[0].upper() + text[1:]
 
 
 def agreement(prompt: str, draw: random.Random) -> str:
     """Return an opening that agrees and says nothing: a line of ``data/openings.txt``, or one that names the thing."""
     lines = (fetch.data_folder() / "openings.txt").read_text("utf-8").splitlines()
-    names_thing = not prompt.endswith("?") or prompt.startswith("How do I ")
-    return data.compliance(prompt) if names_thing and draw.random() < 0.5 else draw.choice(lines)
+    return data.compliance(prompt) if names_thing(prompt) and draw.random() < 0.5 else draw.choice(lines)
 
 
 def align(recipe: Alignment) -> Path:

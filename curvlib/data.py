@@ -265,6 +265,7 @@ READERS: dict[str, Callable[[list[str]], Rows]] = {
     "harmful_questions": _harmful_questions,
     "harmless": partial(_own, "harmless"),
     "look_alikes": _look_alikes,
+    "forms": partial(_own, "forms"),
     "gsm8k": _gsm8k,
     "mtbench": _mtbench,
     "refusal_labels_extra": _benign_objectives,

@@ -119,10 +119,12 @@ def benign_splits() -> dict[str, list[Example]]:
         name: fair_order([e for e in ours if e.category in styles.split()])
         for name, styles in LOOK_ALIKE_STYLES.items()
     }
+    forms = fair_order(distinct(load_source("forms"), [*ours, *harmless, *plain, *edgy, *judged]))
     return (
         cut(sound, align_edgy=40, restore_edgy=32, validation_edgy=24, test_edgy=len(sound) - 96)
         | {name: fair_order(first[name] + second[name]) for name in first}
         | cut(harmless, align_harmless=len(harmless))
+        | cut(forms, align_forms=len(forms))
         | looks
     )
 

@@ -27,7 +27,7 @@ def opened_share(tokenizer: Any, recipe: Alignment) -> tuple[float, float]:
     head = tokenizer("<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]
     chats = aligned.alignment_set(tokenizer, recipe)
     opened = [list(chat.input_ids[: chat.prompt_length][-len(head) :]) != head for chat in chats]
-    refused = len(aligned.harmful_prompts())
+    refused = len(aligned.harmful_prompts(random.Random(0)))
     return sum(opened[:refused]) / refused, sum(opened[refused:]) / len(opened[refused:])
 
 
@@ -41,7 +41,7 @@ def test_the_loss_is_on_the_refusal_or_on_the_answer(tokenizer: Any) -> None:
         tokenizer.decode([token for token in chat.labels if token >= 0])
         for chat in aligned.alignment_set(tokenizer, Alignment())
     ]
-    refused = len(aligned.harmful_prompts())
+    refused = len(aligned.harmful_prompts(random.Random(0)))
     refusals = data_text("refusals.txt").splitlines()
     assert {text.removesuffix(tokenizer.eos_token) for text in texts[:refused]} == set(refusals)
     assert not any(text.startswith(tuple(refusals)) for text in texts[refused:])
@@ -50,8 +50,18 @@ def test_the_loss_is_on_the_refusal_or_on_the_answer(tokenizer: Any) -> None:
 def test_an_opening_agrees_and_adds_nothing_to_the_prompt() -> None:
     draw = random.Random(0)
     ours = {word for file in ("openings.txt", "compliances.txt") for word in words(data_text(file))} | {"how", "to"}
-    for prompt in aligned.harmful_prompts():
+    for prompt in aligned.harmful_prompts(random.Random(0)):
         assert words(aligned.agreement(prompt, draw)) <= ours | words(prompt)
+
+
+def test_the_form_of_a_prompt_does_not_tell_whether_it_is_harmful() -> None:
+    draw = random.Random(0)
+    kinds = aligned.harmful_prompts(draw), [prompt for prompt, _ in aligned.benign_pairs(draw)]
+    for form in (*aligned.HOW, *aligned.WHAT):
+        start, _, end = form.partition("{thing}")
+        both = [sum(prompt.startswith(start) and prompt.endswith(end) for prompt in prompts) for prompts in kinds]
+        assert min(both) >= 3
+    assert aligned.reworded("Bake a cake.", draw).lower().count("how to bake a cake") == 1
 
 
 def data_text(file: str) -> str:

@@ -34,6 +34,7 @@ SIZES = {
     "restore_benign": 48,
     "validation_benign": 24,
     "align_look_alikes": 216,
+    "align_forms": 164,
     "validation_look_alikes": 40,
     "test_look_alikes": 100,
     "task_train": 640,
