@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import tomllib
 from collections.abc import Mapping
@@ -84,6 +85,15 @@ def deviations(claims: tuple[Claim, ...], expected: Mapping[str, Mapping[str, An
 def test_there_are_notebooks_and_no_stale_expectation() -> None:
     assert NOTEBOOKS
     assert set(EXPECTED) <= {path.stem for path in NOTEBOOKS}
+
+
+def test_the_reference_run_lies_within_the_expected_ranges() -> None:
+    """One whole run at tier ci, seed 0, with which a change of the code that should change no number is compared."""
+    lines = (ROOT / "tests/expected/ci_reference.jsonl").read_text("utf-8").splitlines()
+    records = {record["notebook"]: record["claims"] for record in map(json.loads, lines)}
+    assert set(EXPECTED) <= set(records)
+    for name, claims in records.items():
+        assert deviations(tuple(Claim(**claim) for claim in claims), EXPECTED.get(name, {})) == []
 
 
 @each_notebook
