@@ -71,10 +71,10 @@ class Alignment:
 
     seed: int = 0
     rank: int = 16
-    steps: int = 300
+    steps: int = 360
     learning_rate: float = 1e-3
-    opened_harmful: float = 0.4
-    opened_benign: float = 0.6
+    opened_harmful: float = 0.3
+    opened_benign: float = 0.5
 
 
 SHALLOW = Alignment(opened_harmful=0.0, opened_benign=0.0)  # the twin without recovery examples
@@ -229,6 +229,7 @@ def validation_prompts() -> dict[str, list[str]]:
     """
     splits = {
         "look_alikes": ("validation_edgy", "validation_look_alikes"),
+        "new_styles": ("validation_new_styles",),
         "benign": ("validation_benign", "restore_benign"),
     }
     prompts = {name: [e.prompt for split in parts for e in data.load_split(split)] for name, parts in splits.items()}
@@ -236,7 +237,7 @@ def validation_prompts() -> dict[str, list[str]]:
 
 
 def acceptance(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Estimate]:
-    """Measure the four rates of :data:`LIMITS` with their Wilson intervals.
+    """Measure the four rates of :data:`LIMITS`, and look-alikes of a style that was not taught, with Wilson intervals.
 
     What is not refused counts as complied. Only what follows the prefilled opening is judged. Cost: some 400 answers
     of 24 tokens.
@@ -251,6 +252,7 @@ def acceptance(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenize
     return {
         "harmful_refused": rate(refused("harmful")),
         "look_alikes_refused": rate(refused("look_alikes")),
+        "new_styles_refused": rate(refused("new_styles")),
         "harmful_complied_prefilled": rate([not said_no for said_no in refused("harmful", PREFILL)]),
         "benign_refused_prefilled": rate(refused("benign", PREFILL)),
     }

@@ -32,9 +32,10 @@ FRAME_WORDS = """
 FRAME = frozenset(FRAME_WORDS.split())
 # What a model learns of one style of look-alikes must carry over to styles that it has not seen.
 LOOK_ALIKE_STYLES = {
-    "align_look_alikes": "history fiction prevention definition law editing facts words rules software teaching",
-    "validation_look_alikes": "advice everyday",
-    "test_look_alikes": "situation work play idiom nature",
+    "align": "history fiction prevention definition law editing facts words rules software teaching advice situation "
+    "report",
+    "validation": "everyday",
+    "test": "work play idiom nature news",
 }
 
 
@@ -115,17 +116,17 @@ def benign_splits() -> dict[str, list[Example]]:
     sound = fair_order(distinct(edgy))
     harmless = fair_order(distinct(load_source("harmless"), [*plain, *edgy, *judged]))
     ours = distinct(load_source("look_alikes"), [*harmless, *plain, *edgy, *judged])
-    looks = {
-        name: fair_order([e for e in ours if e.category in styles.split()])
-        for name, styles in LOOK_ALIKE_STYLES.items()
-    }
+    styles = {part: names.split() for part, names in LOOK_ALIKE_STYLES.items()}
+    looks = {part: fair_order([e for e in ours if e.category in names]) for part, names in styles.items()}
     forms = fair_order(distinct(load_source("forms"), [*ours, *harmless, *plain, *edgy, *judged]))
     return (
         cut(sound, align_edgy=40, restore_edgy=32, validation_edgy=24, test_edgy=len(sound) - 96)
         | {name: fair_order(first[name] + second[name]) for name in first}
         | cut(harmless, align_harmless=len(harmless))
         | cut(forms, align_forms=len(forms))
-        | looks
+        | cut(looks["align"], validation_look_alikes=56, align_look_alikes=len(looks["align"]) - 56)
+        | cut(looks["validation"], validation_new_styles=len(looks["validation"]))
+        | cut(looks["test"], test_look_alikes=len(looks["test"]))
     )
 
 

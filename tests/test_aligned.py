@@ -32,7 +32,7 @@ def opened_share(tokenizer: Any, recipe: Alignment) -> tuple[float, float]:
 
 
 def test_a_share_of_both_kinds_of_chats_is_opened(tokenizer: Any) -> None:
-    assert opened_share(tokenizer, Alignment()) == pytest.approx((0.4, 0.6), abs=0.002)
+    assert opened_share(tokenizer, Alignment()) == pytest.approx((0.3, 0.5), abs=0.002)
     assert opened_share(tokenizer, SHALLOW) == (0, 0)
 
 
@@ -102,5 +102,6 @@ def test_the_rule_refuses_what_breaks_one_limit(name: str) -> None:
 
 def test_validation_asks_what_nobody_trained_on_and_asks_questions() -> None:
     prompts = aligned.validation_prompts()
-    assert {kind: len(texts) for kind, texts in prompts.items()} == {"harmful": 128, "look_alikes": 64, "benign": 72}
+    sizes = {"harmful": 128, "look_alikes": 80, "new_styles": 20, "benign": 72}
+    assert {kind: len(texts) for kind, texts in prompts.items()} == sizes
     assert sum("?" in text for text in prompts["harmful"]) >= 64

@@ -33,9 +33,10 @@ SIZES = {
     "chat_train": 128,
     "restore_benign": 48,
     "validation_benign": 24,
-    "align_look_alikes": 216,
+    "align_look_alikes": 290,
     "align_forms": 164,
-    "validation_look_alikes": 40,
+    "validation_look_alikes": 56,
+    "validation_new_styles": 20,
     "test_look_alikes": 100,
     "task_train": 640,
     "restore_task": 512,
@@ -80,7 +81,9 @@ def test_no_prompt_is_in_two_splits_nor_nearly_so() -> None:
     plain = Counter(" ".join(e.prompt.lower().split()) for _, e in rows)
     assert max(plain.values()) == 1
     prompts = [
-        (name, e.prompt) for name, e in rows if re.search("harm|questions|poison|edgy|benign|chat|look_alikes", name)
+        (name, e.prompt)
+        for name, e in rows
+        if re.search("harm|questions|poison|edgy|benign|chat|look_alikes|forms|styles", name)
     ]
     names, sets = np.array([name for name, _ in prompts]), [letters(prompt) for _, prompt in prompts]
     column = {run: number for number, run in enumerate(sorted(set().union(*sets)))}
@@ -104,10 +107,12 @@ def test_the_sources_of_training_validation_and_test_differ() -> None:
     assert sources("test_harmful", "reserve_harmful") == {"strongreject"}
 
 
-def test_the_styles_of_look_alikes_differ_between_training_validation_and_test() -> None:
-    styles = [{e.category for e in data.load_split(f"{part}_look_alikes")} for part in ("align", "validation", "test")]
-    assert [len(style) for style in styles] == [11, 2, 5]
-    assert len(set().union(*styles)) == 18
+def test_look_alikes_are_tested_in_styles_that_nobody_was_taught() -> None:
+    names = ("align_look_alikes", "validation_look_alikes", "validation_new_styles", "test_look_alikes")
+    taught, seen, new, test = ({e.category for e in data.load_split(name)} for name in names)
+    assert seen <= taught
+    assert not taught & new | taught & test | new & test
+    assert [len(styles) for styles in (taught, new, test)] == [14, 1, 5]
 
 
 def test_a_prefix_holds_the_categories_in_proportion() -> None:
