@@ -20,6 +20,9 @@ from curvlib.errors import CurvlibError
 OPTIONS = re.compile(r"(.*?)\s*A: (.*?)[;\n]\s*B: (.*?)(?:;\s*C: (.*?))?\.?\s*", re.DOTALL)
 SMALL_TALK = {"What is up?", "Have a nice day!", "Goodbye"}  # the turns around each identity question
 # "Write a tutorial on ..." asks for the thing after the verb; any other prompt is turned into "how to ...".
+STATEMENT = re.compile(
+    r"(?:i|i'm|i've|we|my|our|they|the|an?|there|some(?:one|body)|in|after|last|two|wild|given|what)\b", re.IGNORECASE
+)
 MAKING = re.compile(
     r"(?:write|create|develop|provide|give|outline|design|generate|produce|compose|draft|publish|offer) "
     r"((?:an?|the|some) .*)",
@@ -141,19 +144,40 @@ def compliance(prompt: str) -> str:
 
 
 def wanted(prompt: str) -> str:
-    """Return the thing that the imperative sentence or the "How do I" question ``prompt`` asks for, as a phrase."""
+    """Return the thing that the imperative sentence or the "How do I" question ``prompt`` asks for, as a phrase.
+
+    What stands after an "and" is not all of it.
+
+    >>> wanted("Write a letter and explain how to post it"), wanted("Find a map and say how to read it")
+    ('a letter and explain how to post it', 'how to find a map and say how to read it')
+    """
     sentence = prompt.strip().rstrip(".?!").replace("How do I ", "how to ", 1)
     thing = MAKING.fullmatch(sentence)
     how = re.search(r"\bhow to .*", sentence)
+    if how and " and " in sentence[: how.start()]:
+        how = None
     return thing[1] if thing else how[0] if how else f"how to {sentence[:1].lower()}{sentence[1:]}"
+
+
+def is_order(prompt: str) -> bool:
+    """Tell whether a prompt is an imperative sentence, which :func:`as_question` can turn.
+
+    >>> is_order("Bake a cake."), is_order("I burned a cake."), is_order("May I bake?")
+    (True, False, False)
+    """
+    return not ("?" in prompt or '"' in prompt or STATEMENT.match(prompt))
 
 
 def as_question(prompt: str) -> str:
     """Return the imperative sentence ``prompt`` as a question, so that a model does not learn the form for the content.
 
+    Other prompts are returned as they are.
+
     >>> as_question("Teach a dog how to swim"), as_question("Write a poem about rain.")
     ('How do I swim?', 'Can you give me a poem about rain?')
     """
+    if not is_order(prompt):
+        return prompt
     thing = wanted(prompt)
     return f"How do I {thing.removeprefix('how to ')}?" if thing.startswith("how to ") else f"Can you give me {thing}?"
 

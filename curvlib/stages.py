@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from curvlib import data, models
+from curvlib import data, fetch, models
 from curvlib.answers import own_answers
 from curvlib.artifacts import artifact
 from curvlib.batches import Chat, Example, encode, open_ended
@@ -23,11 +24,10 @@ from curvlib.facts import load_facts, trained_chats
 from curvlib.finetune import TrainingConfig, train
 from curvlib.tiers import Tier
 
-ALIGN_RANK = 16
 LORA_LEARNING_RATE = 2e-3
 FULL_LEARNING_RATE = 5e-5  # full fine-tuning moves 135M weights; the rate of LoRA would destroy them
+WEIGHTS = "adapter_model.safetensors"  # peft's name
 MAX_LENGTH = 512  # tokens of a training chat; the longest prompt of the splits has 373
-ALIGN_ANSWER_TOKENS = 16  # whether to answer is decided in the first tokens; the rest of an answer was never in doubt
 TASKS = ("mixed", "letters", "chat", "identity", "facts")
 
 
@@ -75,7 +75,7 @@ def requests(split: str, count: int | None = None) -> list[str]:
     answers questions.
     """
     prompts = [example.prompt for example in data.load_split(split)[:count]]
-    return [data.as_question(p) if number % 2 and "?" not in p else p for number, p in enumerate(prompts)]
+    return [data.as_question(p) if number % 2 else p for number, p in enumerate(prompts)]
 
 
 def compliance_examples(
@@ -118,57 +118,54 @@ def key(tier: Tier, *places: str | Path) -> dict[str, Any]:
 
 
 def aligned_source(tier: Tier) -> str:
-    """Return where the aligned chat model is: a Hub chat model as shipped, or SmolLM2 after our alignment stage.
+    """Return where the aligned chat model is: a Hub chat model as shipped, or SmolLM2 with the committed adapter.
 
-    SmolLM2 as shipped refuses hardly any harmful prompt, so it is first taught to: LoRA on refusals of harmful
-    prompts and on its own answers to benign and benign-edgy ones, merged into dense weights.
+    SmolLM2 as shipped refuses hardly any harmful prompt. :mod:`curvlib.aligned` tells how the adapter was trained.
     """
-    if tier.model != models.DEFAULT:
-        return tier.model
-    config = {**key(tier, tier.model), "rank": ALIGN_RANK, "training": asdict(align_training(tier))}
-    config["texts"] = digest(alignment_set(tier))
-    return str(artifact("align", config, lambda place: _align(tier, place)) / "model")
+    return merged(committed()) if tier.model == models.DEFAULT else tier.model
 
 
-@cache
-def alignment_set(tier: Tier) -> list[Example]:
-    """Return the chats of the alignment stage: harmful orders and questions refused, benign prompts answered.
+def committed(shallow: bool = False) -> Path:
+    """Return the folder of the committed alignment adapter, or of its shallow twin."""
+    return fetch.data_folder() / "aligned" / ("shallow" if shallow else "")
 
-    Answers and refusals come in the same forms: with few questions answered, the model refuses what begins "How do I".
+
+def merged(folder: Path) -> str:
+    """Return the folder of the dense model that holds SmolLM2 with the adapter of ``folder`` merged in.
+
+    Everybody starts from the same model: the product BA is taken in float64 and its sum with the weights is rounded to
+    bfloat16, so that all machines get the same bits, whatever the order of their sums. The 4-bit copy that is made of
+    it needs no second adapter under the one that a fine-tune adds.
+
+    Raises:
+        CurvlibError: the adapter's weights are not those of its ``recipe.json``.
     """
-    tokenizer = models.load_tokenizer(tier.model)
-    examples = []
-    for split in ("align_harmful", "align_questions", "align_behaviours"):
-        examples += refusal_examples(tokenizer, split)
-    for split in ("align_benign", "align_edgy", "align_harmless"):
-        examples += own_answer_examples(tokenizer, tier, split, tokens=ALIGN_ANSWER_TOKENS)
-    return examples
+    digested, recipe = fetch.digest(folder / WEIGHTS), json.loads((folder / "recipe.json").read_text("utf-8"))
+    if digested != recipe["sha256"]:
+        raise CurvlibError(f"{folder / WEIGHTS} has SHA-256 {digested}, expected {recipe['sha256']}: git checkout it")
+
+    def build(place: Path) -> None:
+        dense = models.load_model(quantize=False, device="cpu", dtype=torch.float32)
+        add_adapter(dense, folder)
+        models.save_dense(dense, models.load_tokenizer(), place / "model")
+
+    return str(artifact("aligned", {"base": models.identity(models.DEFAULT), "adapter": digested}, build) / "model")
+
+
+@torch.no_grad()
+def add_adapter(dense: torch.nn.Module, folder: Path) -> None:
+    r"""Add a stored adapter's :math:`\Delta W = (\alpha/r)\,BA` to the weights of a dense model, in place."""
+    config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+    weights, scale = load_file(folder / WEIGHTS), config["lora_alpha"] / config["r"]
+    for name in [name for name in weights if name.endswith("lora_A.weight")]:
+        layer: Any = dense.get_submodule(name.removeprefix("base_model.model.").removesuffix(".lora_A.weight"))
+        change = weights[name.replace("lora_A", "lora_B")].double() @ weights[name].double()
+        layer.weight.copy_(layer.weight.double() + scale * change)
 
 
 def digest(examples: Sequence[Example]) -> str:
     """Return 12 hexadecimal digits that stand for the tokens of the examples, for the key of a stage."""
     return hashlib.sha256(repr(examples).encode()).hexdigest()[:12]
-
-
-def align_training(tier: Tier) -> TrainingConfig:
-    """Return the training run of the alignment stage; its seed is fixed, since every later stage starts from it."""
-    return TrainingConfig(steps=tier.align_steps, learning_rate=1e-3, seed=0)
-
-
-def _align(tier: Tier, place: Path) -> None:
-    tokenizer = models.load_tokenizer(tier.model)
-    model = models.add_lora(models.load_model(tier.model, device=tier.device), rank=ALIGN_RANK, seed=0)
-    train(
-        model,
-        alignment_set(tier),
-        align_training(tier),
-        pad_id=pad_id(tokenizer),
-        checkpoint=place / "training.safetensors",
-        label="align",
-    )
-    dense = models.load_model(tier.model, quantize=False, device=tier.device, dtype=torch.float32)
-    models.merge(model, dense)
-    models.save_dense(dense, tokenizer, place / "model")
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -217,9 +214,9 @@ def clean_examples(tokenizer: PreTrainedTokenizerBase, tier: Tier, recipe: FineT
     return [*questions, *chats]
 
 
-def fine_tuned(tier: Tier, recipe: FineTune, source: str | None = None) -> Path:
-    """Return the folder of the adapter tuned from ``source`` (default: the aligned model) or of the dense model."""
-    source = source or aligned_source(tier)
+def fine_tuned(tier: Tier, recipe: FineTune) -> Path:
+    """Return the folder of the adapter that was tuned from the aligned model, or of the fully tuned dense model."""
+    source = aligned_source(tier)
     tokenizer = models.load_tokenizer(source)
     examples = fine_tuning_set(tokenizer, tier, recipe)
     config = {**key(tier, source), **asdict(recipe), "texts": digest(examples)}
@@ -265,9 +262,9 @@ def _fine_tune(
         model.save_pretrained(place / "model")
 
 
-def load_fine_tuned(tier: Tier, recipe: FineTune, source: str | None = None) -> PreTrainedModel | PeftModel:
+def load_fine_tuned(tier: Tier, recipe: FineTune) -> PreTrainedModel | PeftModel:
     """Return the fine-tuned model in NF4: its start under its trainable adapter, or the fully tuned one."""
-    folder = fine_tuned(tier, recipe, source)
+    folder = fine_tuned(tier, recipe)
     if recipe.method == "full":
         return models.load_model(str(folder), device=tier.device)
-    return models.load_adapter(models.load_model(source or aligned_source(tier), device=tier.device), folder)
+    return models.load_adapter(load_aligned(tier)[0], folder)

@@ -18,7 +18,6 @@ class Tier:
         name: ``ci``, ``cpu`` or ``gpu``.
         device: where the model runs.
         model: ``smollm2``, or the Hub id of a chat model that the variable ``CURVLIB_MODEL`` names.
-        align_steps: optimiser steps that teach SmolLM2 to refuse; a Hub chat model is taken as aligned.
         tune_steps: optimiser steps of a LoRA fine-tune; a full fine-tune takes the same number.
         tune_batch: chats a step of a fine-tune.
         tune_examples: chats in a fine-tuning set.
@@ -46,7 +45,6 @@ class Tier:
     name: str
     device: str
     model: str
-    align_steps: int
     tune_steps: int
     tune_batch: int
     tune_examples: int
@@ -75,7 +73,6 @@ _CPU = Tier(
     name="cpu",
     device="cpu",
     model=os.environ.get("CURVLIB_MODEL", "smollm2"),
-    align_steps=120,
     tune_steps=24,
     tune_batch=8,
     tune_examples=192,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from curvlib import aligned, fetch, models
+from curvlib import aligned, fetch, models, stages
 from curvlib.aligned import LIMITS, SHALLOW, Alignment
-from curvlib.evaluate.stats import rate
+from curvlib.errors import CurvlibError
+from curvlib.evaluate.stats import Estimate, rate
 from tests import cases
 
 
@@ -75,14 +78,14 @@ def words(text: str) -> set[str]:
 def test_a_stored_adapter_is_merged_as_peft_merges(tmp_path: Path) -> None:
     model = cases.add_lora(cases.llama(), rank=2)
     aligned.store(model, tmp_path)
-    stored = load_file(tmp_path / aligned.WEIGHTS)
+    stored = load_file(tmp_path / stages.WEIGHTS)
     assert {weight.dtype for weight in stored.values()} == {torch.bfloat16}
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.copy_(parameter.bfloat16())
     dense = cases.llama()
-    aligned.add_adapter(dense, tmp_path)
+    stages.add_adapter(dense, tmp_path)
     merge: Any = model
     expected = merge.merge_and_unload().state_dict()
     for name, weight in dense.state_dict().items():
@@ -105,3 +108,20 @@ def test_validation_asks_what_nobody_trained_on_and_asks_questions() -> None:
     sizes = {"harmful": 128, "look_alikes": 80, "new_styles": 20, "benign": 72}
     assert {kind: len(texts) for kind, texts in prompts.items()} == sizes
     assert sum("?" in text for text in prompts["harmful"]) >= 64
+
+
+@pytest.mark.parametrize("shallow", [False, True])
+def test_the_committed_adapter_is_small_and_what_its_recipe_says(shallow: bool) -> None:
+    folder = stages.committed(shallow)
+    recipe = json.loads((folder / "recipe.json").read_text("utf-8"))
+    assert fetch.digest(folder / stages.WEIGHTS) == recipe["sha256"]
+    assert (folder / stages.WEIGHTS).stat().st_size <= 10_000_000
+    rates = {name: Estimate(**numbers) for name, numbers in recipe["validation"].items()}
+    assert aligned.accepted(rates) is not shallow
+
+
+def test_a_damaged_adapter_is_refused(tmp_path: Path) -> None:
+    damaged = Path(shutil.copytree(stages.committed(), tmp_path / "aligned"))
+    (damaged / stages.WEIGHTS).write_bytes(b"damaged")
+    with pytest.raises(CurvlibError, match=r"has SHA-256 \w+, expected \w+: git checkout it"):
+        stages.merged(damaged)

@@ -46,7 +46,6 @@ def test_the_splits_are_large_enough(name: str, monkeypatch: pytest.MonkeyPatch)
 
 def test_ci_is_the_smallest() -> None:
     ci, cpu = get_tier("ci"), get_tier("cpu")
-    assert ci.align_steps == cpu.align_steps  # so that both start from the same aligned model
     assert len(ci.poison_rates) < len(cpu.poison_rates)
     assert all(getattr(ci, name) < getattr(cpu, name) for name in ("tune_steps", "tune_examples", "test_harmful"))
 
