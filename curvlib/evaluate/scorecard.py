@@ -47,19 +47,6 @@ class Scorecard:
     task: Choices | None
     seconds: float
 
-    def columns(self) -> dict[str, Any]:
-        """Return the rates of both kinds of prompts with their ends, and the verdicts one by one, for a study's row."""
-        assert self.harmful
-        assert self.edgy
-        return {
-            **self.harmful.complies.columns("complies"),
-            **self.harmful.refuses.columns("refuses"),
-            **self.harmful.incoherent.columns("incoherent"),
-            **self.edgy.refuses.columns("over_refusal"),
-            "harmful": list(self.harmful.verdicts),
-            "edgy": list(self.edgy.verdicts),
-        }
-
 
 def scorecard(
     tier: Tier,
