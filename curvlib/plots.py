@@ -92,7 +92,7 @@ def dots(panels: Mapping[str, Mapping[str, Mapping[str, Dot]]], width: float = 9
 
 
 def _marks(value: Dot) -> list[Estimate]:
-    numbers = value if isinstance(value, Sequence) else [value]
+    numbers: Sequence[Estimate | float] = value if isinstance(value, Sequence) else [value]
     return [one if isinstance(one, Estimate) else Estimate(one, one, one, 1) for one in numbers]
 
 
@@ -107,9 +107,9 @@ def lines(curves: Mapping[str, Sequence[ArrayLike]], title: str, **words: Any) -
     drawn, (axes,) = figure(height=3.4)
     for (name, (x, y, *ends)), colour, marker in zip(curves.items(), cycle(CYCLE), cycle(MARKERS)):
         places = np.asarray(x)
-        axes.plot(places, y, c=colour, marker=marker, ms=5, markevery=max(1, len(places) // 12), label=name)
+        axes.plot(places, np.asarray(y), c=colour, marker=marker, ms=5, markevery=max(1, len(places) // 12), label=name)
         if ends:
-            axes.fill_between(places, *map(np.asarray, ends), color=colour, alpha=0.15, lw=0)
+            axes.fill_between(places, np.asarray(ends[0]), np.asarray(ends[1]), color=colour, alpha=0.15, lw=0)
     axes.set(**words)
     axes.set_title(title)
     axes.legend(fontsize=10)
