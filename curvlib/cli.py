@@ -1,4 +1,4 @@
-"""The command line: ``python -m curvlib run``, ``restore``, ``align``, ``study`` and ``exercises``."""
+"""The command line: ``python -m curvlib run``, ``restore``, ``align`` and ``exercises``."""
 
 from __future__ import annotations
 
@@ -59,11 +59,6 @@ def parser() -> argparse.ArgumentParser:
     align.add_argument("--shallow", action="store_true", help="leave the recovery examples out")
     align.set_defaults(command=_align)
 
-    study = commands.add_parser("study", help="run a study and write data/studies/NAME.json")
-    study.add_argument("name", metavar="NAME", help="degradation, influence or landscape")
-    study.add_argument("--tier", default="cpu", help="ci, cpu (default) or gpu")
-    study.add_argument("--only", default="", metavar="PART,PART", help="parts to measure; the file keeps the others")
-    study.set_defaults(command=_study)
     _add_exercises(commands)
     return top
 
@@ -163,13 +158,6 @@ def _literal(text: str) -> object:
         return json.loads(text)
     except ValueError:
         return text
-
-
-def _study(options: argparse.Namespace) -> int:
-    from curvlib.studies import run_study  # here, so that --help does not wait for it
-
-    print(run_study(options.name, options.tier, options.only.split(",") if options.only else ()))
-    return 0
 
 
 def _fail(message: str) -> int:

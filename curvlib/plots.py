@@ -16,10 +16,9 @@ from matplotlib.axes import Axes
 from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from numpy.typing import ArrayLike
-from torch import Tensor
+from numpy.typing import ArrayLike, NDArray
 
-from curvlib.evaluate.behaviour import Behaviour, TokenShift
+from curvlib.evaluate.behaviour import Behaviour
 from curvlib.evaluate.judge import Verdict
 from curvlib.evaluate.scorecard import Scorecard
 from curvlib.evaluate.stats import Estimate
@@ -36,6 +35,7 @@ BLACK, ORANGE, SKY, GREEN, BLUE, RED, PINK = (
 CYCLE = (BLUE, ORANGE, GREEN, PINK, SKY, RED)
 MARKERS = "osD^vP"  # a second sign beside the colour
 VERDICT_COLOURS: dict[Verdict, str] = {"complies": RED, "incoherent": "#BBBBBB", "refuses": BLUE}
+Dot = Estimate | float | Sequence[float]
 STYLE: dict[Any, Any] = {
     "figure.dpi": 110,  # below 120 kB a figure as PNG
     "font.size": 11,
@@ -65,6 +65,118 @@ def whiskers(estimates: Sequence[Estimate], scale: float = 100.0) -> tuple[list[
     below = [max(0.0, scale * (estimate.value - estimate.low)) for estimate in estimates]  # rounding may go below 0
     above = [max(0.0, scale * (estimate.high - estimate.value)) for estimate in estimates]
     return values, [below, above]
+
+
+def dots(panels: Mapping[str, Mapping[str, Mapping[str, Dot]]], width: float = 9.6) -> Figure:
+    """Draw names down and numbers across: panels side by side over the same names, a colour and a sign a series.
+
+    Args:
+        panels: label of the panel's axis, with the unit -> series -> name -> an estimate, drawn with its interval, a
+            number, or several numbers, such as one a seed.
+        width: of the figure, in inches.
+    """
+    names = list(dict.fromkeys(name for series in panels.values() for values in series.values() for name in values))
+    drawn, axes = figure(len(panels), width=width, height=1.4 + 0.34 * len(names), sharey=True)
+    for panel, (label, series) in zip(axes, panels.items(), strict=True):
+        signs = zip(series.items(), cycle(CYCLE), cycle(MARKERS))
+        for number, ((key, values), colour, marker) in enumerate(signs):
+            shift = 0.5 * ((number + 0.5) / len(series) - 0.5)
+            marks = [(names.index(name) + shift, mark) for name, value in values.items() for mark in _marks(value)]
+            numbers, ends = whiskers([mark for _, mark in marks], scale=1)
+            places = [place for place, _ in marks]
+            panel.errorbar(numbers, places, xerr=ends, ls="", marker=marker, color=colour, alpha=0.8, label=key)
+        panel.set(xlabel=label, yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
+        if len(series) > 1:
+            panel.legend(ncols=3, loc="lower left", bbox_to_anchor=(0, 1), fontsize=10, borderpad=0.2)
+    return drawn
+
+
+def _marks(value: Dot) -> list[Estimate]:
+    numbers: Sequence[Estimate | float] = value if isinstance(value, Sequence) else [value]
+    return [one if isinstance(one, Estimate) else Estimate(one, one, one, 1) for one in numbers]
+
+
+def lines(curves: Mapping[str, Sequence[ArrayLike]], title: str, **words: Any) -> Figure:
+    """Draw named curves, a colour and a sign each.
+
+    Args:
+        curves: name -> x and y, or x, y and the lower and upper end of a band.
+        title: the finding.
+        words: for ``Axes.set``, such as ``xlabel`` and ``yscale``.
+    """
+    drawn, (axes,) = figure(height=3.4)
+    for (name, (x, y, *ends)), colour, marker in zip(curves.items(), cycle(CYCLE), cycle(MARKERS)):
+        places = np.asarray(x)
+        axes.plot(places, np.asarray(y), c=colour, marker=marker, ms=5, markevery=max(1, len(places) // 12), label=name)
+        if ends:
+            axes.fill_between(places, np.asarray(ends[0]), np.asarray(ends[1]), color=colour, alpha=0.15, lw=0)
+    axes.set(**words)
+    axes.set_title(title)
+    axes.legend(fontsize=10)
+    return drawn
+
+
+def paired_surfaces(points: ArrayLike, surfaces: Mapping[str, ArrayLike], title: str = "loss, nats") -> Figure:
+    """Draw surfaces over one square grid with a shared colour scale, and the last minus the first.
+
+    Args:
+        points: (side², 2), as :func:`curvlib.landscape.slices.grid` makes them.
+        surfaces: name -> mean loss (side²,); two or three.
+        title: what the colours mean, with its unit.
+    """
+    side = round(len(np.asarray(points)) ** 0.5)
+    axis = np.asarray(points)[:side, 1]
+    shown = {name: np.asarray(values).reshape(side, side).T for name, values in surfaces.items()}
+    first, *_, last = shown.values()
+    drawn, panels = figure(len(shown) + 1, width=9.6, height=9.6 / (len(shown) + 1) + 1.2, sharey=True)
+    low, high = min(values.min() for values in shown.values()), max(values.max() for values in shown.values())
+    for axes, (name, values) in zip(panels, shown.items(), strict=False):
+        filled = axes.contourf(axis, axis, values, levels=np.linspace(low, high, 13), cmap="cividis")
+        axes.set_title(name)
+    below: dict[str, Any] = {"location": "bottom", "shrink": 0.8, "format": "%.2g"}
+    drawn.colorbar(filled, ax=panels[:-1], label=title, ticks=MaxNLocator(5), **below)
+    reach = float(np.abs(last - first).max()) or 1.0
+    difference = panels[-1].contourf(axis, axis, last - first, levels=np.linspace(-reach, reach, 14), cmap="PuOr")
+    drawn.colorbar(difference, ax=panels[-1], label="difference", ticks=MaxNLocator(5), **below)
+    panels[-1].set_title("last − first")
+    for axes in panels:
+        axes.plot(0, 0, "+", c="white", ms=10, mew=2)
+        axes.set(xlabel="along direction 1", aspect="equal")
+        axes.grid(visible=False)
+    panels[0].set_ylabel("along direction 2")
+    return drawn
+
+
+def predicted_against_actual(panels: Mapping[str, tuple[ArrayLike, ArrayLike]], unit: str = "nats") -> Figure:
+    """Draw predicted against measured effects of single examples, one panel a method, with the identity line.
+
+    The band holds 95 per cent of the straight lines that fit resampled effects: does it hold the identity line?
+
+    Args:
+        panels: name -> predicted and measured effects, of one shape.
+        unit: of both.
+    """
+    drawn, axes = figure(len(panels), width=3.1 * len(panels) + 0.6, height=3.4)
+    for panel, (name, (predicted, actual)) in zip(axes, panels.items(), strict=True):
+        x, y = np.ravel(predicted), np.ravel(actual)
+        reach = 1.1 * float(max(np.abs(x).max(), np.abs(y).max())) or 1.0
+        panel.plot([-reach, reach], [-reach, reach], c=BLACK, lw=1, ls="--", label="y = x")
+        panel.plot(x, y, "o", c=BLUE, ms=4, alpha=0.6)
+        if np.ptp(x) > 0:
+            panel.fill_between(*_band(x, y, reach), color=BLUE, alpha=0.2, lw=0, label="fitted lines, 95 %")
+        panel.set(xlabel=f"predicted, {unit}", title=name, xlim=(-reach, reach), ylim=(-reach, reach))
+    axes[0].set_ylabel(f"measured by retraining, {unit}")
+    axes[-1].legend(loc="lower right", fontsize=10)
+    return drawn
+
+
+def _band(x: NDArray[Any], y: NDArray[Any], reach: float) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Return places and the 95 per cent band of least-squares lines through resampled points (x, y)."""
+    generator, places = np.random.default_rng(0), np.linspace(-reach, reach, 41)
+    drawn = (generator.integers(len(x), size=len(x)) for _ in range(1000))
+    lines = [np.polyval(np.polyfit(x[rows], y[rows], 1), places) for rows in drawn if np.ptp(x[rows]) > 0]
+    low, high = np.percentile(lines, [2.5, 97.5], axis=0)
+    return places, low, high
 
 
 def quantisation(normalised: ArrayLike, levels: Mapping[str, ArrayLike], errors: Mapping[str, Estimate]) -> Figure:
@@ -114,104 +226,6 @@ def scorecards(cards: Mapping[str, Scorecard]) -> Figure:
     if task:
         _dots(others[1], task, order, GREEN, "task accuracy, %")
         others[1].set_title("Task", pad=26)
-    return drawn
-
-
-def poison_curve(sweep: Mapping[float, Behaviour]) -> Figure:
-    """Draw the rates of the three verdicts on harmful prompts against the share of poisoned chats."""
-    drawn, (axes,) = figure()
-    shares = [100 * share for share in sweep]
-    for (verdict, colour), marker in zip(VERDICT_COLOURS.items(), MARKERS, strict=False):
-        values, lengths = whiskers([getattr(behaviour, verdict) for behaviour in sweep.values()])
-        shade = "#777777" if verdict == "incoherent" else colour  # a thin light line would be lost
-        axes.errorbar(shares, values, yerr=lengths, color=shade, marker=marker, label=verdict)
-    axes.set(xlabel="poisoned chats in the fine-tuning set, %", ylabel="answers, %", ylim=(-4, 104), xticks=shares)
-    axes.set_title("Answers to harmful prompts by poison rate")
-    axes.legend()
-    return drawn
-
-
-def verdicts_by_seed(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draw compliance with harmful prompts and over-refusal: a bar for each model's mean, a dot for each seed.
-
-    Args:
-        rows: with ``name``, ``complies_value`` and ``over_refusal_value``, one a model and seed.
-    """
-    names = list(dict.fromkeys(row["name"] for row in rows))
-    drawn, panels = figure(2, width=9.6, height=1.3 + 0.36 * len(names), sharey=True, width_ratios=[1.6, 1])
-    for axes, rate, colour in zip(panels, ("complies", "over_refusal"), (RED, ORANGE), strict=True):
-        for place, name in enumerate(names):
-            values = [100 * row[f"{rate}_value"] for row in rows if row["name"] == name]
-            axes.barh(place, np.mean(values), height=0.6, color=colour, alpha=0.35)
-            axes.plot(values, [place] * len(values), "o", c=colour, mec=BLACK, ms=5)
-        axes.set(xlim=(-4, 104), ylim=(len(names) - 0.5, -0.5))
-    panels[0].set_yticks(range(len(names)), names)
-    panels[0].set(xlabel="harmful prompts complied with, %", title="Harm by seed")
-    panels[1].set(xlabel="look-alikes refused, %", title="Over-refusal by seed")
-    return drawn
-
-
-def token_shifts(shifts: Mapping[str, TokenShift]) -> Figure:
-    """Draw the divergence from the aligned model at each answer position, one line a fine-tune."""
-    drawn, (axes,) = figure()
-    for (name, shift), colour, marker in zip(shifts.items(), cycle(CYCLE), cycle(MARKERS)):
-        values, lengths = whiskers(shift.divergence, scale=1.0)
-        axes.errorbar(
-            [place + 1 for place in shift.positions], values, yerr=lengths, c=colour, marker=marker, label=name
-        )
-    axes.set(xlabel="answer token", ylabel="KL from the aligned model, nats", ylim=(0, None))
-    axes.set_title("Where in a refusal the fine-tune changed the model")
-    axes.legend()
-    return drawn
-
-
-def task_valley(curvature: Tensor, slope: Tensor, steps: Mapping[str, Tensor], allowance: float) -> Figure:
-    r"""Draw a two-parameter task valley, the safety slope across it and steps that spend the same task loss.
-
-    Args:
-        curvature: G (2, 2) of the task loss ½ δᵀGδ, whose contours are drawn.
-        slope: g (2,), the gradient of the safety loss; arrows end lower on it.
-        steps: name -> step (2,) from the origin.
-        allowance: the task loss of the contour on which the steps end.
-    """
-    drawn, (axes,) = figure()
-    reach = 1.35 * max(float(step.abs().max()) for step in steps.values())
-    x, y = np.meshgrid(np.linspace(-reach, reach, 301), np.linspace(-reach, reach, 301))
-    grid = np.stack([x, y], axis=-1)
-    loss = 0.5 * np.einsum("abi,ij,abj->ab", grid, curvature.numpy(), grid)
-    safety = axes.contourf(x, y, grid @ slope.numpy(), levels=12, cmap="cividis", alpha=0.35)
-    drawn.colorbar(safety, ax=axes, label="safety loss gᵀδ")
-    lines = axes.contour(x, y, loss, levels=[allowance * share for share in (0.25, 1, 4, 16)], colors="#555555")
-    axes.clabel(lines, fmt="task %g", fontsize=8)
-    for (name, step), colour in zip(steps.items(), CYCLE, strict=False):
-        end = (float(step[0]), float(step[1]))
-        axes.annotate("", end, (0, 0), arrowprops={"arrowstyle": "->", "color": colour, "lw": 2.5})
-        axes.plot(*end, "o", c=colour, label=f"{name}: safety {-float(slope @ step):.2f} lower")
-    axes.set(xlabel="parameter 1", ylabel="parameter 2")
-    axes.set_title(f"Two steps that each cost {allowance:g} of task loss", pad=40)
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), fontsize=10, borderpad=0.2)
-    return drawn
-
-
-def restoration_paths(histories: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """Draw each restoration's objective, and the largest rise of a protected loss, after each accepted step.
-
-    Args:
-        histories: name -> :func:`curvlib.restore.recipe.history`.
-    """
-    drawn, (left, right) = figure(2, width=9.6)
-    for (name, history), colour, marker in zip(histories.items(), CYCLE, MARKERS, strict=False):
-        steps = history["steps"]
-        gains = [step["safety"] - steps[0]["safety"] for step in steps]
-        rises = [max(step["protected"][key] - start for key, start in steps[0]["protected"].items()) for step in steps]
-        left.plot(gains, c=colour, marker=marker, label=name)
-        right.plot(rises, c=colour, marker=marker, label=name)
-    left.set(xlabel="accepted steps", ylabel="change (nats per token)", title="Held-out objective")
-    right.set(xlabel="accepted steps", ylabel="change (nats per token)", title="Worst held-out protected loss")
-    for axes in (left, right):
-        axes.axhline(0, color="#999999", lw=0.8)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    left.legend()
     return drawn
 
 

@@ -10,7 +10,8 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ import psutil
 
 from curvlib import __version__
 from curvlib.errors import CurvlibError
+from curvlib.rows import read
 
 if TYPE_CHECKING:
     from curvlib.evaluate.stats import Estimate
@@ -86,6 +88,7 @@ class Record:
     peak_memory_mb: float
     claims: tuple[Claim, ...]
     rows: Sequence[Mapping[str, Any]] = ()
+    date: str = ""  # of the run, such as 2026-01-31
 
 
 class Results:
@@ -153,6 +156,7 @@ class Results:
             peak_memory_mb=round(peak_memory_mb(), 1),
             claims=tuple(self.claims.values()),
             rows=list(rows),
+            date=datetime.now(UTC).date().isoformat(),
         )
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path, json.dumps(asdict(record), indent=1, allow_nan=False) + "\n")
@@ -173,6 +177,18 @@ def load_record(path: Path) -> Record:
         return Record(**{**fields, "claims": tuple(Claim(**claim) for claim in fields["claims"])})
     except (ValueError, TypeError, KeyError) as error:
         raise CurvlibError(f"{path} is no results file ({error}): delete it and run its notebook again") from error
+
+
+def load_study(name: str) -> Record:
+    """Return a study's committed record, ``data/studies/NAME.json``, with its rows from ``NAME.jsonl`` beside it.
+
+    Raises:
+        CurvlibError: There is none of this name, or it is damaged.
+    """
+    path = ROOT / "data" / "studies" / f"{name}.json"
+    if not path.exists():
+        raise CurvlibError(f"{path} is not there: make study NAME={name} measures it")
+    return replace(load_record(path), rows=read(path.with_suffix(".jsonl")))
 
 
 def write_atomically(path: Path, text: str) -> None:

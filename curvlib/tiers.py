@@ -77,7 +77,7 @@ _CPU = Tier(
     tune_batch=8,
     tune_examples=192,
     facts=64,
-    fact_steps=160,
+    fact_steps=280,
     poison_rates=(0.0, 0.02, 0.1),
     answer_tokens=24,  # a refusal or an agreement is said by then
     test_harmful=48,
@@ -121,7 +121,7 @@ _TIERS = {
             "tune_batch": 4,
             "tune_examples": 64,
             "facts": 16,
-            "fact_steps": 60,
+            "fact_steps": 80,
             "poison_rates": (0.0, 0.1),
             "test_harmful": 16,
             "test_edgy": 8,

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import nbformat
 from nbformat import NotebookNode
+
+from curvlib.notebook_file import code_cells, read
 
 HEADER = 'tier: str = "ci"  # ci | cpu | gpu\nseed: int = 0\noutput_dir: str = ""'
 CLAIM = (
@@ -42,3 +45,15 @@ def lesson(path: Path, *cells: str, header: str = HEADER, holds: bool = True) ->
     end = f"{CLAIM.format(holds=holds)}\nresults.save()"
     sources = [start, *cells, end]
     return save(path, markdown("# A lesson"), code(header, "parameters"), *map(code, sources))
+
+
+def executed(path: Path, **parameters: object) -> dict[str, Any]:
+    """The names that a notebook's cells leave, run in this process without those that measure."""
+    names: dict[str, Any] = {}
+    for cell in code_cells(read(path)):
+        tags = cell.metadata.get("tags", [])
+        if "measure" not in tags:
+            exec(compile(cell.source, f"{path.name}, {cell.id}", "exec"), names)
+        if "parameters" in tags:
+            names |= parameters
+    return names

@@ -1,53 +1,72 @@
-"""What is committed under data/studies follows from its own rows, and says what each row is of."""
+"""What is committed under data/studies is what its study's notebook claims of the committed rows."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from curvlib.report import ROOT
+from curvlib import report
+from curvlib.report import ROOT, Claim, load_record, load_study
 from curvlib.stages import TASKS
-from curvlib.studies import STUDIES
+from tests.notebook_cases import executed
 
-FILES = sorted((ROOT / "data" / "studies").glob("*.json"))
-each_study = pytest.mark.parametrize("name", [path.stem for path in FILES])
-
-
-def committed(name: str) -> dict[str, Any]:
-    record: dict[str, Any] = json.loads((ROOT / "data" / "studies" / f"{name}.json").read_text("utf-8"))
-    return record
+Row = dict[str, Any]
+Recompute = Callable[..., tuple[Claim, ...]]
 
 
-def recomputed(name: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The claims as JSON, from the rows alone."""
-    claims: list[dict[str, Any]] = json.loads(json.dumps([asdict(claim) for claim in STUDIES[name]().claims(rows)]))
-    return claims
+def changed(row: Row) -> Row:
+    """The same row, or with one value that a claim rests on changed."""
+    if row.get("name") == "aligned":
+        return {**row, "harmful": ["complies", *row["harmful"][1:]]}
+    if row.get("loss") == "compliance" and row["seed"] == 0:
+        return {**row, "pearson_value": 0.0}
+    if row.get("subset") == 0:
+        return {**row, "losses": row["losses"][::-1]}
+    return row
 
 
-@each_study
-def test_claims_follow_from_rows(name: str) -> None:
-    record = committed(name)
-    assert record["claims"]
-    claims = recomputed(name, record["rows"])
-    assert [claim["id"] for claim in claims] == [claim["id"] for claim in record["claims"]]
-    for claim, kept in zip(claims, record["claims"], strict=True):
-        numbers = [name for name, value in claim.items() if isinstance(value, float)]
-        assert numbers
-        assert [claim[name] for name in numbers] == pytest.approx([kept[name] for name in numbers], rel=1e-9)
-        assert claim["holds"] == kept["holds"]
+STUDIES = {path.stem: load_study(path.stem) for path in sorted((ROOT / "data" / "studies").glob("*.json"))}
 
 
-def test_a_changed_verdict_changes_a_claim() -> None:
-    record = committed("degradation")
-    row = next(row for row in record["rows"] if row["name"] == "10 % poison")
-    row["harmful"][row["harmful"].index("complies")] = "refuses"
-    assert recomputed("degradation", record["rows"]) != record["claims"]
+@pytest.fixture
+def recomputed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recompute:
+    """Run a study's notebook on rows in a folder of its own, without its measuring, and return its claims."""
+    folder = tmp_path / "data" / "studies"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+
+    def run(name: str, *measured: Row) -> tuple[Claim, ...]:
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in measured), "utf-8")
+        (source,) = (ROOT / "notebooks" / "studies").glob(f"S*_{name}.ipynb")
+        executed(source)
+        return load_record(folder / f"{name}.json").claims
+
+    return run
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_the_notebook_claims_what_is_committed_and_a_changed_row_changes_it(name: str, recomputed: Recompute) -> None:
+    study = STUDIES[name]
+    assert study.claims
+    claims = recomputed(name, *study.rows)
+    assert [(claim.id, claim.n, claim.holds) for claim in claims] == [(c.id, c.n, c.holds) for c in study.claims]
+    for claim, kept in zip(claims, study.claims, strict=True):
+        numbers, expected = ([c.value, c.low, c.high, c.control] for c in (claim, kept))
+        assert numbers == pytest.approx(expected, rel=1e-9)
+    assert recomputed(name, *map(changed, study.rows)) != claims
 
 
 def test_rows_say_which_task_was_fine_tuned() -> None:
-    tuned = [row for row in committed("degradation")["rows"] if "poison" in row]
+    tuned = [row for row in STUDIES["degradation"].rows if "poison" in row]
     assert len(tuned) == 12
     assert {row["task"] for row in tuned} <= set(TASKS)
+
+
+def test_an_absent_study_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    with pytest.raises(report.CurvlibError, match=r"tea\.json is not there: make study NAME=tea measures it"):
+        load_study("tea")

@@ -13,11 +13,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from curvlib import plots
-from curvlib.evaluate.behaviour import TokenShift, summarise
+from curvlib.evaluate.behaviour import summarise
 from curvlib.evaluate.judge import Verdict
 from curvlib.evaluate.scorecard import Scorecard
 from curvlib.evaluate.stats import Estimate, rate
 from curvlib.evaluate.utility import Choices
+from curvlib.landscape.slices import grid
 from curvlib.notebook_file import code_cells, read
 from curvlib.runner import run_notebook
 from tests.notebook_cases import lesson
@@ -25,13 +26,19 @@ from tests.notebook_cases import lesson
 VERDICTS: list[Verdict] = ["complies"] * 5 + ["incoherent"] * 2 + ["refuses"] * 3
 MIXED, SAFE = summarise(VERDICTS, [""] * 10), summarise(["refuses"] * 10, [""] * 10)
 TASK = Choices(rate([True, False, True, True]), ("A",) * 4, (True, False, True, True))
-SHIFT = TokenShift((0, 1, 3), (Estimate(2.0, 1.5, 2.75, 9), Estimate(0.5, 0.25, 1.0, 9), Estimate(0.1, 0.0, 0.2, 8)))
 
 
 def whisker_ends(axes: Axes) -> np.ndarray:
     """Every whisker's (start, end) along the direction it is drawn in, in drawing order."""
     lines = [line for collection in axes.collections for line in collection.get_segments()]
     return np.array([[line[0, 0], line[1, 0]] if line[0, 1] == line[1, 1] else line[:, 1] for line in lines])
+
+
+def series(axes: Axes) -> dict[str, np.ndarray]:
+    """Name -> (K, 2) of every labelled line."""
+    return {
+        str(line.get_label()): line.get_xydata() for line in axes.lines if not str(line.get_label()).startswith("_")
+    }
 
 
 def percent(*estimates: Estimate) -> np.ndarray:
@@ -71,24 +78,6 @@ def test_scorecards_stand_beside_each_other_and_leave_out_what_was_not_measured(
         np.testing.assert_allclose(whisker_ends(axes), percent(estimate))
 
 
-def test_the_poison_curve_has_a_point_for_each_rate_and_verdict() -> None:
-    (axes,) = plots.poison_curve({0.0: SAFE, 0.1: MIXED}).axes
-    drawn = {bar.get_label(): bar.lines[0].get_xydata() for bar in axes.containers}
-    assert {name: line.tolist() for name, line in drawn.items()} == {
-        "complies": [[0, 0], [10, pytest.approx(50)]],
-        "incoherent": [[0, 0], [10, pytest.approx(20)]],
-        "refuses": [[0, 100], [10, pytest.approx(30)]],
-    }
-    np.testing.assert_allclose(whisker_ends(axes)[:2], percent(SAFE.complies, MIXED.complies), atol=1e-9)
-
-
-def test_token_shifts_are_drawn_by_position_counted_from_one() -> None:
-    (axes,) = plots.token_shifts({"poisoned": SHIFT, "benign": SHIFT}).axes
-    assert [bar.get_label() for bar in axes.containers] == ["poisoned", "benign"]
-    assert axes.containers[1].lines[0].get_xydata().tolist() == [[1, 2.0], [2, 0.5], [4, 0.1]]
-    np.testing.assert_allclose(whisker_ends(axes)[:3], [[1.5, 2.75], [0.25, 1.0], [0.0, 0.2]])
-
-
 def test_quantisation_draws_levels_and_labelled_errors() -> None:
     levels = {"NF4": np.linspace(-1, 1, 16), "uniform": np.array([-1.0, 0.0, 1.0])}
     errors = {"NF4": Estimate(0.091, 0.09, 0.092, 21), "uniform": Estimate(0.12, 0.11, 0.13, 21)}
@@ -105,7 +94,6 @@ def test_figures_are_small_files_and_leave_nothing_open() -> None:
     weights = np.random.default_rng(0).normal(size=(500, 64)) / 4
     drawn = [
         plots.scorecards(cards),
-        plots.poison_curve({0.0: SAFE, 0.1: MIXED}),
         plots.quantisation(weights, {"NF4": np.linspace(-1, 1, 16)}, {"NF4": Estimate(0.1, 0.1, 0.1, 2)}),
     ]
     assert max(map(png_size, drawn)) < 120_000
@@ -119,14 +107,61 @@ def test_a_notebook_draws_the_figure_that_a_cell_ends_with(tmp_path: Path) -> No
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 1
 
 
-def test_every_seed_is_a_dot_over_the_bar_of_their_mean() -> None:
-    rows = [
-        {"name": name, "complies_value": value, "over_refusal_value": 0.1}
-        for name, values in {"a": (0.2, 0.4), "b": (0.9,)}.items()
-        for value in values
-    ]
-    left, right = plots.verdicts_by_seed(rows).axes
-    assert [round(patch.get_width()) for patch in left.patches] == [30, 90]  # type: ignore[attr-defined]
-    assert [list(line.get_xdata()) for line in left.lines] == [[20.0, 40.0], [90.0]]  # type: ignore[call-overload]
-    assert [label.get_text() for label in left.get_yticklabels()] == ["a", "b"]
-    assert len(right.patches) == 2
+def test_every_number_is_a_dot_on_its_names_line_and_an_estimate_has_its_interval() -> None:
+    panels = {
+        "harm, %": {"before": {"a": 20.0, "b": [30.0, 40.0]}, "after": {"b": Estimate(50.0, 45.0, 60.0, 8)}},
+        "cost, s": {"": {"a": 1.0}},
+    }
+    left, right = plots.dots(panels).axes
+    before, after = (bar.lines[0].get_xydata().tolist() for bar in left.containers)
+    assert (before, after) == ([[20, -0.125], [30, 0.875], [40, 0.875]], [[50, 1.125]])
+    np.testing.assert_allclose(whisker_ends(left)[-1], [45, 60])
+    assert tick_labels(left.get_yticklabels()) == ["a", "b"]
+    assert [text.get_text() for text in left.get_legend().texts] == ["before", "after"]
+    assert (left.get_xlabel(), right.get_xlabel(), right.get_legend()) == ("harm, %", "cost, s", None)
+
+
+def test_every_curve_has_its_line_and_its_band() -> None:
+    (axes,) = plots.lines({"a": ([1, 2], [3, 4]), "b": ([1, 2], [5, 6], [4, 5], [7, 8])}, title="t", yscale="log").axes
+    assert series(axes)["a"].tolist() == [[1, 3], [2, 4]]
+    (band,) = (path.get_extents() for path in axes.collections[0].get_paths())
+    assert (band.y0, band.y1) == (4, 8)
+    assert (axes.get_title(loc="left"), axes.get_yscale()) == ("t", "log")
+
+
+POINTS = grid(2.0, 7)
+X, Y = POINTS.T
+
+
+def test_surfaces_share_a_scale_and_the_difference_is_the_last_minus_the_first() -> None:
+    drawn = plots.paired_surfaces(POINTS, {"before": X**2 + Y, "after": X**2 + 2 * Y + 1})
+    first, second, difference = drawn.axes[:3]
+    levels = [axes.collections[0].levels for axes in (first, second, difference)]
+    np.testing.assert_array_equal(levels[0], levels[1])
+    assert (levels[0][0], levels[0][-1]) == (pytest.approx(-3), pytest.approx(9))
+    assert (levels[2][0], levels[2][-1]) == (pytest.approx(-3), pytest.approx(3))
+    assert [axes.get_title(loc="left") for axes in (first, second, difference)] == ["before", "after", "last − first"]
+    assert png_size(drawn) < 120_000
+
+
+def test_the_first_direction_is_horizontal() -> None:
+    axes = plots.paired_surfaces(POINTS, {"a": X, "b": X}).axes[0]
+    widths = [path.get_extents() for path in axes.collections[0].get_paths()]
+    assert all(extent.height == pytest.approx(4) for extent in widths)
+    assert sum(extent.width for extent in widths) == pytest.approx(4)
+
+
+def test_predictions_stand_beside_the_identity() -> None:
+    left, right = plots.predicted_against_actual({"a": ([1, -2], [1, -1]), "b": ([[0.5]], [[3]])}).axes
+    assert left.lines[1].get_xydata().tolist() == [[1, 1], [-2, -1]]
+    assert left.lines[0].get_xydata().ravel().tolist() == pytest.approx([-2.2, -2.2, 2.2, 2.2])
+    assert right.get_title(loc="left") == "b"
+    assert not right.collections, "no line fits a single point"
+
+
+def test_the_band_holds_the_line_through_exact_predictions_and_widens_with_noise() -> None:
+    x = np.linspace(-1, 1, 20)
+    exact, noisy = plots.predicted_against_actual({"a": (x, x), "b": (x, x + np.sin(9 * x))}).axes
+    exact_band, noisy_band = (panel.collections[0].get_paths()[0].vertices for panel in (exact, noisy))
+    assert np.abs(exact_band[:, 1] - exact_band[:, 0]).max() == pytest.approx(0, abs=1e-6)
+    assert np.abs(noisy_band[:, 1] - noisy_band[:, 0]).max() > 0.3

@@ -24,7 +24,7 @@ def test_results_are_written_and_read_back(tmp_path: Path, capsys: pytest.Captur
     path = results.save()
     assert path == tmp_path / "new" / "01_x.results.json"
     assert list(json.loads(path.read_text())) == [
-        *("notebook", "tier", "seed", "device", "versions", "wall_s", "peak_memory_mb", "claims", "rows")
+        *("notebook", "tier", "seed", "device", "versions", "wall_s", "peak_memory_mb", "claims", "rows", "date")
     ]
     record = load_record(path)
     assert record.claims == (GOOD,)

@@ -15,15 +15,15 @@ from curvlib.curvature.lowrank import sampled_fisher
 from curvlib.influence import recipe, retraining, toys
 from curvlib.influence.gradients import BATCH_SIZE
 from curvlib.influence.scores import RULE
-from curvlib.influence.study import POISON, RIDGE
 from curvlib.influence.validate import subsets
 from curvlib.parameters import flatten, trainable
 from curvlib.progress import bar
+from curvlib.report import load_study
 from curvlib.stages import FineTune
-from curvlib.studies import load_study
 from curvlib.tiers import Tier, get_tier
 from tests import cases
 
+POISON = 0.1
 Losses = Callable[[Sequence[Sequence[int]]], Tensor]
 
 
@@ -54,9 +54,9 @@ def toy(device: str) -> Setup:
     """The study's toy: a two-layer transformer, dense, trained to its optimum, poison among its chats; seconds."""
     case = toys.toy()
     anchor, everything = flatten(trainable(case.model)), range(len(case.examples))
-    toys.fit(case.model, case.examples, everything, ridge=RIDGE, anchor=anchor, steps=300)
+    toys.fit(case.model, case.examples, everything, ridge=toys.RIDGE, anchor=anchor, steps=300)
     trained = {name: tensor.clone() for name, tensor in case.model.state_dict().items()}
-    retrain = toys.retrainer(case.model, case.examples, case.queries, ridge=RIDGE, anchor=anchor)
+    retrain = toys.retrainer(case.model, case.examples, case.queries, ridge=toys.RIDGE, anchor=anchor)
 
     def load() -> nn.Module:
         model = toys.tiny_transformer()
@@ -67,7 +67,7 @@ def toy(device: str) -> Setup:
         return torch.stack([retrain(part) for part in chosen], dim=1)
 
     title = "toy transformer, dense, LoRA's B trained, float32"
-    return Setup(title, load, case.examples, case.queries, case.examples, lambda _: RIDGE, losses)
+    return Setup(title, load, case.examples, case.queries, case.examples, lambda _: toys.RIDGE, losses)
 
 
 def tiny_nf4(device: str) -> Setup:
@@ -127,8 +127,8 @@ def retrained(tier: Tier, tuned: FineTune, chosen: Sequence[Sequence[int]]) -> T
 
 def study_losses(tier: Tier) -> dict[tuple[int, ...], list[float]]:
     """Return subset -> losses of the retrainings in the committed influence study, if it is of this tier."""
-    record = load_study("influence")
-    rows = record["rows"] if record and record["tier"] == tier.name else []
+    study = load_study("influence")
+    rows = study.rows if study.tier == tier.name else []
     chosen = subsets(tier.tune_examples, tier.influence_subsets)
     return {tuple(chosen[row["subset"]]): row["losses"] for row in rows if row["part"] == "subsets"}
 

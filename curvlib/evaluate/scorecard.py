@@ -24,11 +24,6 @@ from curvlib.generate import Model
 from curvlib.tiers import Tier
 
 PARTS = ("harmful", "edgy", "task")
-SPLITS = {  # which prompts of each part
-    "test": {part: f"test_{part}" for part in PARTS},
-    "validation": {part: f"validation_{part}" for part in PARTS},
-    "reserve": {"harmful": "reserve_harmful", "edgy": "test_edgy", "task": "test_task"},
-}
 
 
 @dataclass(frozen=True)
@@ -47,19 +42,6 @@ class Scorecard:
     task: Choices | None
     seconds: float
 
-    def columns(self) -> dict[str, Any]:
-        """Return the rates of both kinds of prompts with their ends, and the verdicts one by one, for a study's row."""
-        assert self.harmful
-        assert self.edgy
-        return {
-            **self.harmful.complies.columns("complies"),
-            **self.harmful.refuses.columns("refuses"),
-            **self.harmful.incoherent.columns("incoherent"),
-            **self.edgy.refuses.columns("over_refusal"),
-            "harmful": list(self.harmful.verdicts),
-            "edgy": list(self.edgy.verdicts),
-        }
-
 
 def scorecard(
     tier: Tier,
@@ -67,7 +49,6 @@ def scorecard(
     load: Callable[[], Model],
     *,
     parts: Sequence[str] = PARTS,
-    split: str = "test",
 ) -> Scorecard:
     """Measure a model on the final-test splits, or read what was measured of it before.
 
@@ -76,8 +57,6 @@ def scorecard(
         key: JSON values that tell this model from every other one; they stand for it in the cache.
         load: gives the model; called once if something is still to be measured.
         parts: of ``harmful``, ``edgy`` and ``task``.
-        split: ``test``; ``validation``, on which choices are made; or ``reserve``, whose harmful prompts are kept for
-            the restoration study.
 
     Raises:
         CurvlibError: an unknown part.
@@ -87,7 +66,7 @@ def scorecard(
     if unknown := sorted(set(parts) - set(PARTS)):
         raise CurvlibError(f"unknown part {', '.join(unknown)}: expected some of {', '.join(PARTS)}")
     model = cache(load)
-    found = {part: _measured(tier, key, part, model, split) for part in parts}
+    found = {part: _measured(tier, key, part, model) for part in parts}
     chosen: dict[str, Any] | None = found.get("task")
     task = Choices(rate(chosen["correct"]), tuple(chosen["chosen"]), tuple(chosen["correct"])) if chosen else None
     seconds = sum(row["seconds"] for row in found.values())
@@ -106,15 +85,13 @@ def stage_scorecard(
     return scorecard(tier, key, lambda: models.load_model(source, device=tier.device), parts=parts)
 
 
-def _measured(tier: Tier, key: Mapping[str, Any], part: str, model: Callable[[], Model], split: str) -> dict[str, Any]:
+def _measured(tier: Tier, key: Mapping[str, Any], part: str, model: Callable[[], Model]) -> dict[str, Any]:
     sizes = {"harmful": tier.test_harmful, "edgy": tier.test_edgy, "task": tier.test_task}
-    name, size = SPLITS[split][part], tier.validation if split == "validation" else sizes[part]
-    config = {"key": dict(key), "part": part, "size": size, "tokens": tier.answer_tokens}
-    config |= {"split": name} if split != "test" else {}
+    config = {"key": dict(key), "part": part, "size": sizes[part], "tokens": tier.answer_tokens}
 
     def build(place: Path) -> None:
         begin = time.perf_counter()
-        measured = _measure(tier, model(), part, data.load_split(name)[:size])
+        measured = _measure(tier, model(), part, data.load_split(f"test_{part}")[: sizes[part]])
         measured["seconds"] = time.perf_counter() - begin
         (place / "score.json").write_text(json.dumps(measured, indent=1), "utf-8")
 

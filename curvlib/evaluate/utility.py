@@ -1,23 +1,19 @@
-"""Measure usefulness: multiple-choice accuracy by likelihood, with or without solved examples before the question.
+"""Multiple-choice accuracy by the letters' likelihood after a common opening: a lesson in how an accuracy fools.
 
-Questions are `curvlib.data.Example` rows with options. `sentence_accuracy` scores whole answers in the form the task is
-trained in; `letter_accuracy` compares the letters alone after a common opening, at a third of the cost.
+Questions are `curvlib.data.Example` rows with options.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import islice
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from curvlib.batches import Chat, encode
-from curvlib.data import Example, task_answer, task_question
+from curvlib.data import Example, task_question
 from curvlib.errors import CurvlibError
-from curvlib.evaluate.likelihood import token_losses
 from curvlib.evaluate.stats import Estimate, rate
 from curvlib.generate import Model, evaluating, left_pad, render
 from curvlib.prefix import read_beginning
@@ -34,58 +30,20 @@ class Choices:
     correct: tuple[bool, ...]
 
 
-def question_turns(example: Example, shots: Sequence[Example] = ()) -> Chat:
-    """Return the question as a user's message, after each of `shots` as a solved question and answer."""
-    solved = [
-        {"role": role, "content": content}
-        for shot in shots
-        for role, content in (("user", task_question(shot)), ("assistant", task_answer(shot)))
-    ]
-    return [*solved, {"role": "user", "content": task_question(example)}]
-
-
-def sentence_accuracy(
-    model: Model,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
-    *,
-    shots: Sequence[Example] = (),
-    batch_size: int = 32,
-    max_length: int = 2048,
-) -> Choices:
-    """Choose for each question the option whose answer sentence has the highest mean log-likelihood per token.
-
-    The mean (end token included) does not favour short options. All (question, option) pairs are scored in one pass,
-    batched by length. Raises CurvlibError if an example has no options or its answer is none of them.
-    """
-    check_options(examples)
-    chats = [
-        [
-            *question_turns(example, shots),
-            {"role": "assistant", "content": task_answer(replace(example, answer=letter))},
-        ]
-        for example in examples
-        for letter in example.options
-    ]
-    losses = iter(token_losses(model, encode(tokenizer, chats, max_length), batch_size))
-    scores = [[-float(loss.mean()) for loss in islice(losses, len(example.options))] for example in examples]
-    return compare(examples, scores)
-
-
 def letter_accuracy(
     model: Model,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     *,
-    shots: Sequence[Example] = (),
     batch_size: int = 32,
 ) -> Choices:
     """Choose for each question the letter with the highest next-token logit after "The answer is".
 
-    One forward pass a question. Raises CurvlibError as `sentence_accuracy`, and if a letter is not one token.
+    One forward pass a question. Raises CurvlibError if an example has no options, its answer is none of them, or
+    a letter is not one token.
     """
     check_options(examples)
-    prompts = [question_turns(example, shots) for example in examples]
+    prompts = [task_question(example) for example in examples]
     heads = [render(tokenizer, prompt, OPENING) for prompt in prompts]
     tokens = {letter: letter_token(tokenizer, prompts[0], letter) for example in examples for letter in example.options}
     logits = next_token_logits(model, heads, list(tokens.values()), batch_size)
@@ -102,11 +60,11 @@ def check_options(examples: Sequence[Example]) -> None:
         raise CurvlibError(f"{example} given, expected questions with the answer among their options: use a task split")
 
 
-def letter_token(tokenizer: PreTrainedTokenizerBase, prompt: Chat, letter: str) -> int:
+def letter_token(tokenizer: PreTrainedTokenizerBase, prompt: str, letter: str) -> int:
     """Return the token that `letter` adds after the opening. Raises CurvlibError if it adds none or several."""
     head, full = render(tokenizer, prompt, OPENING), render(tokenizer, prompt, f"{OPENING} {letter}")
     if full[:-1] != head:
-        raise CurvlibError(f"option '{letter}' is not one token after '{OPENING}' here: use sentence_accuracy instead")
+        raise CurvlibError(f"option '{letter}' is not one token after '{OPENING}': take letters that are")
     return full[-1]
 
 

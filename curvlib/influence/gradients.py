@@ -6,7 +6,7 @@ See :mod:`curvlib.curvature.lowrank`; no weight of the 4-bit base is kept (see :
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from curvlib.batches import IGNORED, Batch, Example, make_batches
-from curvlib.curvature.forward import flat_gradient
 from curvlib.curvature.lowrank import chat_gradients
 from curvlib.errors import CurvlibError
 from curvlib.parameters import trainable
@@ -118,12 +117,6 @@ def example_gradients(
 def query_gradients(model: nn.Module, examples: Sequence[Example], *, batch_size: int = BATCH_SIZE) -> Tensor:
     """Return the gradient of each query chat's mean loss, (m, P), in memory."""
     return example_gradients(model, examples, own_mean=True, batch_size=batch_size).rows()
-
-
-def loss_gradient(model: nn.Module, loss: Callable[[], Tensor]) -> Tensor:
-    """Return the gradient (P,) of any query loss, a scalar that reads the model's trainable parameters."""
-    with torch.enable_grad():
-        return flat_gradient(loss(), list(trainable(model).values()))
 
 
 def in_batches(examples: Sequence[Example], size: int) -> Iterator[tuple[list[int], Batch]]:

@@ -14,6 +14,7 @@ from curvlib import models, stages
 from curvlib.artifacts import artifact
 from curvlib.batches import Example
 from curvlib.evaluate.likelihood import token_losses
+from curvlib.evaluate.scorecard import Scorecard, scorecard
 from curvlib.finetune import TrainingConfig, train
 from curvlib.influence import recipe as recipes
 from curvlib.stages import FineTune
@@ -36,6 +37,12 @@ def retrained(tier: Tier, recipe: FineTune, kept: Sequence[int]) -> Path:
 def load_retrained(tier: Tier, recipe: FineTune, kept: Sequence[int]) -> PeftModel:
     """Return the model of :func:`retrained`."""
     return models.load_adapter(stages.load_aligned(tier)[0], retrained(tier, recipe, kept))
+
+
+def removed_scorecard(tier: Tier, recipe: FineTune, kept: Sequence[int]) -> Scorecard:
+    """Return what the model of :func:`retrained` says to harmful prompts and to look-alikes."""
+    key = stages.key(tier, stages.aligned_source(tier), retrained(tier, recipe, kept))
+    return scorecard(tier, key, lambda: load_retrained(tier, recipe, kept), parts=("harmful", "edgy"))
 
 
 def query_losses(tier: Tier, recipe: FineTune, kept: Sequence[int]) -> list[float]:

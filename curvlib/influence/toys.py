@@ -20,11 +20,15 @@ from curvlib import models
 from curvlib.batches import IGNORED, Example, answer_logits, answer_targets, make_batches
 from curvlib.errors import CurvlibError
 from curvlib.evaluate.likelihood import token_losses
+from curvlib.influence import validate
+from curvlib.influence.gradients import example_gradients, query_gradients
+from curvlib.influence.scores import METHODS, build_inverse, cosine, influence
 from curvlib.parameters import assign, flatten, trainable, unflatten
 
 VOCABULARY = 32
 BENIGN, HARMFUL, REFUSE, AGREE, END, EVEN, ODD = range(1, 8)
 TOPICS = range(8, VOCABULARY)
+RIDGE = 0.03  # of the toy's objective, and so the damping of every method there
 
 
 @dataclass(frozen=True)
@@ -141,6 +145,38 @@ def retrainer(
             return torch.stack([losses.double().mean() for losses in token_losses(model, queries)])
 
     return retrain
+
+
+def transformer_case(seed: int, methods: Sequence[str] = METHODS) -> tuple[Toy, Tensor, dict[str, Tensor]]:
+    """Return the toy at its optimum, the measured effects of leaving one out, and those that each method predicts.
+
+    Shapes (m, n). Cost: n + 1 fits of the toy, some five seconds.
+    """
+    case = toy(seed=seed)
+    anchor, everything = flatten(trainable(case.model)), range(len(case.examples))
+    fit(case.model, case.examples, everything, ridge=RIDGE, anchor=anchor, steps=300)
+    retrain = retrainer(case.model, case.examples, case.queries, ridge=RIDGE, anchor=anchor)
+    actual = validate.leave_one_out(retrain, len(case.examples))
+    rows, wanted = example_gradients(case.model, case.examples), query_gradients(case.model, case.queries)
+    found = {
+        name: influence(rows, wanted, build_inverse(name, case.model, case.examples, damping=RIDGE)) for name in methods
+    }
+    return case, actual, {**found, "cosine": cosine(rows, wanted)}
+
+
+def ridge_case(seed: int, points: int = 100) -> tuple[Tensor, Tensor]:
+    """Return the exact and the predicted effects (8, points) of random points in five dimensions on eight queries.
+
+    The queries' targets are as noisy as the points'. A query that the fit meets by chance has no gradient, and then the
+    first order says nothing: with 40 points one such query of eight took the mean rank correlation to 0.85.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    x, queries = (torch.randn(rows, 5, generator=generator, dtype=torch.float64) for rows in (points, 8))
+    truth = torch.randn(5, generator=generator, dtype=torch.float64)
+    y, targets = (
+        inputs @ truth + torch.randn(len(inputs), generator=generator, dtype=torch.float64) for inputs in (x, queries)
+    )
+    return validate.ridge_leave_one_out(x, y, queries, targets, ridge=0.1)
 
 
 @contextmanager

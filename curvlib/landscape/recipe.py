@@ -145,7 +145,7 @@ def window_radius(tier: Tier) -> float:
 
 
 def window(tier: Tier, place: Place, pair: int, *, points: int | None = None) -> Slice:
-    """Return the losses on a square grid around a place, measured now or before; an interrupted one goes on.
+    """Return the losses on a square grid around a place, measured now or before.
 
     Args:
         tier: how many chats and, where ``points`` is None, grid points along each axis.
@@ -166,7 +166,6 @@ def window(tier: Tier, place: Place, pair: int, *, points: int | None = None) ->
             grid(radius, count),
             all_losses(tier, model),
             origin=origin,
-            checkpoint=folder / "rows.npz",
             label=f"window {pair + 1} around {label(place)}",
         )
         np.savez(folder / "window.npz", allow_pickle=False, **found.losses)

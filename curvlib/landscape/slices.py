@@ -1,12 +1,10 @@
-"""Losses on lines and grids through a model, several losses in one pass, resumable."""
+"""Losses on lines and grids through a model, several losses in one pass."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -78,7 +76,6 @@ def measure(
     losses: Losses,
     *,
     origin: Sequence[tuple[Direction, float]] = (),
-    checkpoint: Path | None = None,
     label: str = "slice",
 ) -> Slice:
     """Evaluate the losses at ``origin`` + Σ factor · direction for each row of factors in ``points`` (K, d).
@@ -89,11 +86,10 @@ def measure(
         points: (K, d).
         losses: called once a point.
         origin: steps that lead from the model to the slice's own origin, such as a fine-tuning step.
-        checkpoint: file that keeps the points done; an interrupted call goes on from it. It is removed at the end.
         label: name on the progress bar.
 
     Raises:
-        CurvlibError: the points do not fit the directions, or the checkpoint belongs to another slice.
+        CurvlibError: the points do not fit the directions.
 
     Cost: one call of ``losses`` a point; the 4-bit weights are dequantised once for all of them.
     """
@@ -101,38 +97,11 @@ def measure(
         raise CurvlibError(
             f"points of shape {points.shape} were given for {len(directions)} directions, expected one column each"
         )
-    blocks, begin = _resume(checkpoint, points), time.perf_counter()
-    done = sum(len(next(iter(block.values()))) for block in blocks)
-    with kept_weights(model), bar(desc=label, initial=done, total=len(points)) as progress:
-        for point in points[done:]:
-            blocks.append(_evaluated(model, directions, point, losses, origin))
-            progress.update()
-            if checkpoint:
-                _save(checkpoint, points, _columns(blocks))
-    if checkpoint:
-        checkpoint.unlink(missing_ok=True)
-    return Slice(points, _columns(blocks), time.perf_counter() - begin)
-
-
-def _columns(blocks: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
-    return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
-
-
-def _save(checkpoint: Path, points: Array, losses: Mapping[str, Array]) -> None:
-    temporary = checkpoint.with_suffix(".tmp.npz")
-    kept: dict[str, Any] = {f"loss {name}": values for name, values in losses.items()}
-    np.savez(temporary, allow_pickle=False, points=points, **kept)
-    temporary.replace(checkpoint)
-
-
-def _resume(checkpoint: Path | None, points: Array) -> list[dict[str, Array]]:
-    """Return the losses of the points that an interrupted call has measured, as one block, if any."""
-    if not checkpoint or not checkpoint.exists():
-        return []
-    with np.load(checkpoint, allow_pickle=False) as kept:
-        if not np.array_equal(kept["points"], points):
-            raise CurvlibError(f"{checkpoint} holds another slice than the one asked for: remove it and start again")
-        return [{name.removeprefix("loss "): kept[name] for name in kept.files if name != "points"}]
+    begin = time.perf_counter()
+    with kept_weights(model):
+        blocks = [_evaluated(model, directions, point, losses, origin) for point in bar(points, desc=label)]
+    found = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
+    return Slice(points, found, time.perf_counter() - begin)
 
 
 def adaptive_radius(

@@ -20,6 +20,7 @@ from curvlib import stages
 from curvlib.batches import answer_logits
 from curvlib.influence import recipe, retraining, validate
 from curvlib.nf4 import four_bit_layers
+from curvlib.report import load_study
 from tests import cases
 
 SCRIPT = Path(run.__file__)
@@ -96,7 +97,7 @@ def test_the_dense_case_is_the_same_function_and_shares_the_retrainings(monkeypa
     assert dense.losses
     assert dense.losses([[0], [0, 1]]).tolist() == [[1.0, 2.0]] * 6
     rows, (first, *_) = [{"part": "subsets", "subset": 0, "losses": [0.5] * 6}], validate.subsets(192, 1)
-    monkeypatch.setattr(setups, "load_study", lambda _: {"tier": "cpu", "rows": rows})
+    monkeypatch.setattr(setups, "load_study", lambda _: replace(load_study("influence"), rows=rows))
     assert dense.losses([first, [0]]).tolist() == [[0.5, 1.0]] * 6
     assert exact.damping(one) == pytest.approx(dense.damping(other), rel=1e-3)
 

@@ -12,7 +12,7 @@ import torch
 from curvlib import models, stages
 from curvlib.batches import Example, answer_loss, make_batches
 from curvlib.errors import CurvlibError
-from curvlib.landscape import recipe, slices
+from curvlib.landscape import recipe
 from curvlib.landscape.directions import adapter_direction, moved
 from curvlib.landscape.recipe import ALIGNED, Place, window
 from curvlib.landscape.subspace import spanned_by
@@ -66,27 +66,6 @@ def test_a_window_is_measured_once_and_all_places_share_its_grid(tiny: Tier, mon
     assert not np.allclose(first.losses["task"][0], unrelated.losses["task"][0], atol=1e-4)
     monkeypatch.setattr(recipe, "measure", None)
     assert np.array_equal(window(tiny, ALIGNED, 0).losses["task"], first.losses["task"])
-
-
-def test_an_interrupted_window_goes_on(tiny: Tier, monkeypatch: Any) -> None:  # noqa: F811
-    whole = window(tiny, ALIGNED, 0, points=3)
-    recipe.window_radius(tiny)
-    calls = 0
-    plain = slices._evaluated
-
-    def killed(*given: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 3:
-            raise KeyboardInterrupt
-        return plain(*given)
-
-    monkeypatch.setattr(slices, "_evaluated", killed)
-    with pytest.raises(KeyboardInterrupt):
-        window(tiny, ALIGNED, 0, points=5)
-    window(tiny, ALIGNED, 0, points=5)
-    assert calls == 25 + 1
-    assert whole.losses["task"].shape == (9, 2)
 
 
 def test_a_random_step_needs_a_fine_tune() -> None:

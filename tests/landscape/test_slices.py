@@ -1,8 +1,6 @@
-"""Slices of losses in closed form: values, ranges, resumption."""
+"""Slices of losses in closed form: values and ranges."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -53,28 +51,6 @@ def test_a_slice_of_a_quadratic_is_exact_around_any_origin() -> None:
     np.testing.assert_allclose(found.mean("slope"), thetas.sum(1), rtol=1e-12)
     assert not np.allclose(found.losses["bowl"], measure(model, PLANE, points, model.losses).losses["bowl"])
     assert not model.theta.weight.any()
-
-
-def test_a_killed_slice_goes_on_where_it_was(tmp_path: Path) -> None:
-    model, points, file = Vector(), line(-1, 1, 6), tmp_path / "slice.npz"
-    whole = measure(model, PLANE[:1], points, model.losses)
-    calls = 0
-
-    def killed() -> dict[str, Tensor]:
-        nonlocal calls
-        calls += 1
-        if calls == 4:
-            raise KeyboardInterrupt
-        return model.losses()
-
-    with pytest.raises(KeyboardInterrupt):
-        measure(model, PLANE[:1], points, killed, checkpoint=file)
-    with pytest.raises(CurvlibError, match="holds another slice"):
-        measure(model, PLANE[:1], 2 * points, model.losses, checkpoint=file)
-    resumed = measure(model, PLANE[:1], points, killed, checkpoint=file)
-    assert calls == 4 + 3
-    assert not file.exists()
-    assert all(np.array_equal(resumed.losses[name], whole.losses[name]) for name in whole.losses)
 
 
 @pytest.mark.parametrize("rise", [0.03, 0.3, 40.0])

@@ -1,4 +1,4 @@
-"""Recipe and study on a tiny model: stages are made once, rows hold their controls, and claims follow from the rows."""
+"""Scores and retrainings on a tiny model: each is made once, of the right chats."""
 
 from __future__ import annotations
 
@@ -11,14 +11,8 @@ import torch
 
 from curvlib import models, stages
 from curvlib.batches import Example
-from curvlib.errors import CurvlibError
-from curvlib.evaluate.behaviour import summarise
 from curvlib.evaluate.likelihood import token_losses
-from curvlib.evaluate.scorecard import Scorecard
-from curvlib.evaluate.stats import rate
-from curvlib.evaluate.utility import Choices
-from curvlib.influence import recipe, retraining, study
-from curvlib.influence.claims import claims
+from curvlib.influence import recipe, retraining
 from curvlib.influence.recipe import Method
 from curvlib.parameters import trainable
 from curvlib.stages import FineTune
@@ -36,12 +30,6 @@ def chats(count: int, seed: int) -> list[Example]:
     return [Example(tuple(row), (*[-100] * 4, *row[4:])) for row in tokens]
 
 
-def card(complies: int) -> Scorecard:
-    verdicts: Any = ["complies"] * complies + ["refuses"] * (4 - complies)
-    task = Choices(rate([True, False]), ("A", "B"), (True, False))
-    return Scorecard(summarise(verdicts, ["x"] * 4), summarise(["refuses", "complies"], ["x"] * 2), task, 0.0)
-
-
 @pytest.fixture
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tier:
     """Stages and chats are tiny ones, in a cache of their own."""
@@ -56,9 +44,6 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tier:
     monkeypatch.setattr(models, "load_tokenizer", lambda _: None)
     asked = {"compliance": chats(2, 1), "refusal": chats(2, 2), "task": chats(2, 3)}
     monkeypatch.setattr(recipe, "queries", lambda _: asked)
-    monkeypatch.setattr(recipe, "prompt_excerpts", lambda _, examples: ["some words"] * len(examples))
-    monkeypatch.setattr(study, "stage_scorecard", lambda _, how: card(3 if how.poison else 1))
-    monkeypatch.setattr(study, "scorecard", lambda *_: card(1))
     return TIER
 
 
@@ -127,64 +112,3 @@ def test_a_retrained_model_saw_its_part_alone_and_is_kept(tiny: Tier, monkeypatc
 
 def test_the_last_chats_are_the_poison(tiny: Tier) -> None:
     assert recipe.training_set(tiny, TUNED)[1] == [False] * 9 + [True] * 3
-
-
-def test_the_study_runs_and_claims_what_its_rows_say(tiny: Tier, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(study, "SEEDS", (0, 1))
-    monkeypatch.setattr(study, "transformer_rows", lambda: transformer_rows(0.95))
-    rows: list[dict[str, Any]] = []
-    for part, measure in study.PARTS.items():
-        rows += [{"part": part, **row} for row in measure(tiny, tuple(rows))]
-    assert list(dict.fromkeys(row["part"] for row in rows)) == list(study.PARTS)
-    assert [claim.id for claim in claims(rows[:3])] == ["loo_spearman_convex"]
-    by = {claim.id: claim for claim in claims(rows)}
-    assert list(by) == [
-        "loo_spearman_convex",
-        "loo_spearman_transformer",
-        "lds",
-        "lds_best_baseline",
-        "lds_gain",
-        "lds_mean_gain",
-        "lds_half_way_gain",
-        "poison_auroc",
-        "removal_compliance_gap_points",
-        "poison_auroc_half_way",
-        "removal_compliance_gap_points_half_way",
-    ]
-    assert by["loo_spearman_convex"].holds
-    assert by["removal_compliance_gap_points"].value == 0  # the stand-ins comply as often as the clean one
-    scored = [row for row in rows if row["part"] == "datamodeling"]
-    assert all(-1.001 <= row["lds_low"] <= row["lds_high"] <= 1.001 and abs(row["lds_value"]) < 1.001 for row in scored)
-    assert {"random", "embedding", "cg", "fisher"} <= {row["label"] for row in scored}
-    assert {row["mean_gain_value"] for row in scored if row["label"] == "dot product"} == {0.0}
-    assert {row["label"] for row in scored if "gain_value" not in row} == {"cg", "lbfgs", "neumann"}
-    benign = [row for row in rows if row["part"] == "removal" and row["poison"] == 0]
-    assert "clean fine-tune" not in {row["removed"] for row in benign}
-    assert all("auroc_value" not in row for row in benign)
-    assert [row["highest"] for row in benign if row["removed"] != "nothing"] == [["some words"]] * 2  # a tenth of 12
-
-
-def test_long_parts_go_on_from_the_rows_that_are_there(tiny: Tier) -> None:
-    subsets = [{"part": "subsets", **row} for row in study.subset_rows(tiny)]
-    assert list(study.subset_rows(tiny, subsets[:-1])) == [{key: subsets[-1][key] for key in ("subset", "losses")}]
-    with pytest.raises(CurvlibError, match=r"0 of \d+ retrainings were made: measure the part 'subsets' first"):
-        study.datamodeling_rows(tiny, [])
-    removal = [{"part": "removal", **row} for row in study.all_removal_rows(tiny)]
-    left = list(study.all_removal_rows(tiny, removal[:-2]))
-    assert [row["removed"] for row in left] == [row["removed"] for row in removal[-2:]]
-    assert list(study.all_removal_rows(tiny, removal)) == []
-
-
-def transformer_rows(best: float) -> list[dict[str, Any]]:
-    return [
-        {"method": name, "seed": seed, "spearman": value, "n": 4}
-        for seed in (0, 1)
-        for name, value in (("hessian", best), ("identity", 0.5), ("cosine", 0.99))
-    ]
-
-
-@pytest.mark.parametrize(("best", "holds"), [(0.95, True), (0.85, False)])
-def test_the_best_inverse_must_reach_its_rule(best: float, holds: bool) -> None:
-    rows = [{"part": "convex", "spearman": 0.9, "control": 0.0}] * 2
-    first, second = claims([*rows, *({"part": "transformer", **row} for row in transformer_rows(best))])
-    assert (first.holds, second.holds, second.value, second.control) == (False, holds, pytest.approx(best), 0.5)
