@@ -70,7 +70,8 @@ def hypergradient(answer: Answer, generator: Generator) -> None:
     rho, eye = uniform(generator, 0.3, 0.7), torch.eye(5, dtype=torch.float64)
 
     def tuned(start: Tensor, weight: float) -> Tensor:
-        return torch.linalg.solve(A + weight * eye, b + weight * start)
+        end: Tensor = torch.linalg.solve(A + weight * eye, b + weight * start)
+        return end
 
     def slope(weight: float) -> Tensor:
         ends = [[(tuned(theta + sign * e, weight) - goal).square().sum() / 2 for sign in (1, -1)] for e in eye]
