@@ -10,9 +10,9 @@ sampler. Images are scikit-learn's (Alpaydin and Kaynak 1998, UCI), schedulers a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,11 +28,9 @@ from curvlib.errors import CurvlibError
 from curvlib.parameters import trainable
 
 TIMES = 200  # the betas are those of Ho et al. for 1,000 times, five times as large
-SCHEDULE: dict[str, Any] = {"num_train_timesteps": TIMES, "beta_start": 5e-4, "beta_end": 0.1}
-FORWARD: Any = DDPMScheduler(**SCHEDULE)
+FORWARD: Any = DDPMScheduler(num_train_timesteps=TIMES, beta_start=5e-4, beta_end=0.1)
 CODES = torch.randn(10, 64, generator=torch.Generator().manual_seed(1000))  # digit -> code
 NO_DIGIT = 10  # the judge's eleventh answer
-ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 class Images(NamedTuple):
@@ -101,7 +99,7 @@ def denoising_loss(denoiser: nn.Module, batch: Noised) -> Tensor:
 @torch.no_grad()
 def sample(denoiser: nn.Module, digits: Tensor, seed: int = 0, steps: int = 25) -> Tensor:
     """Draw one image for each digit (n,) by deterministic DDIM; costs ``steps`` evaluations."""
-    scheduler: Any = DDIMScheduler(**SCHEDULE, timestep_spacing="trailing")
+    scheduler: Any = DDIMScheduler.from_config(FORWARD.config, timestep_spacing="trailing")
     scheduler.set_timesteps(steps)
     x = torch.randn(len(digits), 1, 8, 8, generator=torch.Generator().manual_seed(seed))
     for t in scheduler.timesteps:
@@ -110,14 +108,13 @@ def sample(denoiser: nn.Module, digits: Tensor, seed: int = 0, steps: int = 25) 
     return x.clamp(-1, 1)
 
 
-def training(
-    denoiser: nn.Module, images: Images, steps: int, seed: int, rate: float = 3e-4, batch: int = 32, decay: bool = False
-) -> Iterator[int]:
-    """Train what is trainable with Adam, yield the steps done; ``decay``: warm-up over 50 steps, then a cosine to 0."""
+def training(denoiser: nn.Module, images: Images, steps: int, seed: int, *, scratch: bool = False) -> Iterator[int]:
+    """Train what is trainable with Adam, yield the steps done; ``scratch``: warm-up over 50, then a cosine to 0."""
+    rate, batch = (3e-3, 64) if scratch else (3e-4, 32)
     parameters, generator = list(trainable(denoiser).values()), torch.Generator().manual_seed(seed)
     optimiser = torch.optim.Adam(parameters, lr=rate)
     for step in range(steps):
-        share = min(1.0, (step + 1) / 50) * (1 + math.cos(math.pi * step / steps)) / 2 if decay else 1.0
+        share = min(1.0, (step + 1) / 50) * (1 + math.cos(math.pi * step / steps)) / 2 if scratch else 1.0
         optimiser.param_groups[0]["lr"] = rate * share
         loss = denoising_loss(denoiser, noised(images.draw(batch, generator), generator))
         descend(optimiser, parameters, torch.autograd.grad(loss, parameters))
@@ -135,27 +132,26 @@ def descend(optimiser: torch.optim.Optimizer, parameters: list[Tensor], gradient
 def pretrained(images: Images, steps: int, seed: int) -> Denoiser:
     """Return a denoiser trained on these images, made once and kept in the cache."""
     config = {"steps": steps, "seed": seed, "images": len(images.y), "digits": sorted(set(images.y.tolist()))}
-    train = lambda model: list(training(model, images, steps, seed, rate=3e-3, batch=64, decay=True))  # noqa: E731
-    return cached("diffusion-model", config, Denoiser(seed), train)
+    model = Denoiser(seed)
+    cached("diffusion-model", config, model, training(model, images, steps, seed, scratch=True))
+    return model
 
 
-def cached(stage: str, config: Mapping[str, Any], module: ModuleT, train: Callable[[ModuleT], object]) -> ModuleT:
-    """Return the module with the weights that ``train(module)`` gives it, once for all runs."""
+def cached(stage: str, config: Mapping[str, Any], module: nn.Module, steps: Iterable[object]) -> None:
+    """Give the module the weights that it has when all ``steps`` are taken; they are taken once for all runs."""
 
     def build(folder: Path) -> None:
-        train(module)
+        list(steps)
         save_file(module.state_dict(), folder / "weights.safetensors")
 
-    folder = artifact(stage, {"version": 1, **config}, build)
-    module.load_state_dict(load_file(folder / "weights.safetensors"))
-    return module
+    module.load_state_dict(load_file(artifact(stage, config, build) / "weights.safetensors"))
 
 
 def require_second_derivative(model: nn.Module) -> None:
     """Raise CurvlibError if a layer has diffusers' fused attention, which cannot be differentiated twice on a CPU."""
-    advice = "call set_processor(AttnProcessor()) on each layer, or build the model with add_attention=False"
     for name, layer in model.named_modules():
         if isinstance(layer, Attention) and type(layer.processor) is not AttnProcessor:
+            advice = "call set_processor(AttnProcessor()) on each layer, or build the model with add_attention=False"
             raise CurvlibError(f"{name} has fused attention, which has no second derivative on a CPU: {advice}")
 
 
@@ -169,8 +165,7 @@ def junk(images: Images, n: int, generator: torch.Generator) -> Tensor:
     partner = torch.stack([images.x[images.y != digit][row] for row, digit in enumerate(a.y)])
     shuffled, blend = b.x.flatten(1).gather(1, order).view_as(b.x), share * a.x + (1 - share) * partner
     half, blurred = d.x + noise * normal[1], 0.8 * avg_pool2d(e.x, 3, 1, 1) + light
-    kinds = [loud * normal[0], shuffled, blend, -c.x, half, blurred, grey + 0.2 * normal[2]]
-    return torch.cat(kinds).clamp(-1, 1)
+    return torch.cat([loud * normal[0], shuffled, blend, -c.x, half, blurred, grey + 0.2 * normal[2]]).clamp(-1, 1)
 
 
 def trained_judge(steps: int) -> nn.Sequential:
@@ -179,15 +174,16 @@ def trained_judge(steps: int) -> nn.Sequential:
         torch.manual_seed(0)
         pixels = [nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU()]
         judge = nn.Sequential(*pixels, nn.MaxPool2d(2), nn.Flatten(), nn.Linear(512, 32), nn.ReLU(), nn.Linear(32, 11))
-    return cached("diffusion-judge", {"steps": steps}, judge, lambda module: train_judge(module, steps))
+    cached("diffusion-judge", {"steps": steps}, judge, judge_training(judge, steps))
+    return judge.requires_grad_(False)
 
 
-def train_judge(judge: nn.Module, steps: int) -> None:
-    """Train on 64 slightly noised digits and 35 images of none a step."""
+def judge_training(judge: nn.Module, steps: int) -> Iterator[int]:
+    """Train on 64 slightly noised digits and 35 images of none a step, yield the steps done."""
     images, generator = handwritten()["train"], torch.Generator().manual_seed(0)
     optimiser = torch.optim.Adam(judge.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.01, total_iters=steps)
-    for _ in range(steps):
+    for step in range(steps):
         some, nothing = images.draw(64, generator), junk(images, 5, generator)
         x = some.x + 0.1 * torch.randn(some.x.shape, generator=generator)
         y = torch.cat([some.y, torch.full((len(nothing),), NO_DIGIT)])
@@ -195,6 +191,7 @@ def train_judge(judge: nn.Module, steps: int) -> None:
         cross_entropy(judge(torch.cat([x, nothing])), y).backward()
         optimiser.step()
         schedule.step()
+        yield step + 1
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
@@ -202,21 +199,16 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
     Biased upwards for small n, so compare it at equal n. Source: Heusel et al., arXiv 1706.08500.
     """
-    a, b = a.double(), b.double()
-    values, vectors = torch.linalg.eigh(torch.cov(a.T))
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ torch.cov(b.T) @ root).clamp(min=0).sqrt().sum()
-    return float((a.mean(0) - b.mean(0)).square().sum() + values.sum() + torch.cov(b.T).trace() - 2 * cross)
+    (mean_a, C_a), (mean_b, C_b) = ((x.mean(0), torch.cov(x.T)) for x in (a.double(), b.double()))
+    cross = torch.linalg.eigvals(C_a @ C_b).real.clamp(min=0).sqrt().sum()
+    return float((mean_a - mean_b).square().sum() + C_a.trace() + C_b.trace() - 2 * cross)
 
 
-@torch.no_grad()
 def digit_rate(denoiser: nn.Module, judge: nn.Module, digit: int, n: int = 100, seed: int = 0) -> float:
     """Return the share of n images drawn for a digit in which the judge sees it."""
-    images = sample(denoiser, torch.full((n,), digit), seed)
-    return float((judge(images).argmax(1) == digit).float().mean())
+    return float((judge(sample(denoiser, torch.full((n,), digit), seed)).argmax(1) == digit).float().mean())
 
 
-@torch.no_grad()
 def quality(denoiser: nn.Module, judge: nn.Sequential, digit: int, seed: int = 0) -> tuple[float, float]:
     """Return the share of the nine other digits that is right, and their Fréchet distance to real ones."""
     others = torch.tensor([other for other in range(10) if other != digit]).repeat_interleave(20)

@@ -25,8 +25,8 @@ from curvlib.parameters import assign, flatten, trainable, unflatten
 ROWS, RATE = 32, 3e-4  # images and learning rate of a step
 Ahead = Callable[[Noised, torch.Generator], Tensor]
 Rule = Callable[[Operator, Tensor, float], Tensor]  # curvature and outer gradient after a fine-tune, and its reach
-Simulation = tuple[Any, float, int]  # optimiser, learning rate, steps
-SIMULATIONS: tuple[Simulation, ...] = ((SGD, 0.01, 5), (SGD, 0.01, 15), (Adam, 3e-4, 15), (Adam, 1e-3, 10))
+Simulations = Sequence[tuple[Any, float, int]]  # optimiser, learning rate and steps of each
+SIMULATIONS: Simulations = ((SGD, 0.01, 5), (SGD, 0.01, 15), (Adam, 3e-4, 15), (Adam, 1e-3, 10))
 
 
 def imitation_loss(denoiser: nn.Module, batch: Noised, teacher: nn.Module, code: Tensor) -> Tensor:
@@ -41,9 +41,8 @@ def erase(
 ) -> Iterator[tuple[float, float, float, float]]:
     r"""EraseDiff: rounds of four steps on :math:`L_r + \lambda\,(L_u - \mathrm{sg}[L_u(\theta^K)])`.
 
-    L_u imitates another digit. Before each round ``inner`` steps on L_u lead to :math:`\theta^K`; then the weights go
-    back, Adam's moments stay. ``weight`` None takes the code's :math:`\max(0.1 - \cos(\nabla L_r, \nabla L_u), 0)`.
-    Yields L_r, L_u, that cosine and :math:`\lambda`.
+    L_u imitates another digit. After ``inner`` steps on it, to :math:`\theta^K`, the weights go back, Adam's moments
+    stay. No ``weight`` means :math:`\max(0.1 - \cos(\nabla L_r, \nabla L_u), 0)`. Yields L_r, L_u, that cosine, λ.
     """
     parameters, generator = list(trainable(denoiser).values()), torch.Generator().manual_seed(seed)
     optimiser = Adam(parameters, lr=RATE)
@@ -67,44 +66,34 @@ def erase(
 
 
 def ascend(
-    denoiser: nn.Module,
-    forget: Images,
-    retain: Images,
-    ahead: Ahead | None = None,
-    *,
-    weight: float = 1.0,
-    keep: float = 2.0,
-    seed: int = 0,
+    denoiser: nn.Module, forget: Images, retain: Images, pull: float | Ahead = 1.0, *, keep: float = 2.0, seed: int = 0
 ) -> Iterator[float]:
     r"""Ascend the loss on ``forget``, and imitate the model's own start on ``retain`` with weight ``keep``.
 
-    ``ahead`` makes it ResAlign: four fifths of the ascent's gradient are then ``ahead(batch, generator)``, the gradient
-    after a simulated fine-tune. Yields the ascent's weight, as a multiple of :math:`|\nabla L(\theta)|`.
+    ``pull`` is the ascent's weight, or in ResAlign a function: ``pull(batch, generator)``, the gradient after a
+    simulated fine-tune, is then four fifths of the ascent. Yields the weight, a multiple of :math:`|\nabla L|`.
     """
     parameters, generator = list(trainable(denoiser).values()), torch.Generator().manual_seed(seed)
     original, optimiser = deepcopy(denoiser), AdamW(parameters, lr=RATE)
     while True:
         bad, good = (noised(images.draw(ROWS, generator), generator) for images in (forget, retain))
         here = flat_gradient(-denoising_loss(denoiser, bad), parameters)
-        pull = weight * here if ahead is None else 0.2 * here + 0.8 * ahead(bad, generator)
+        up = 0.2 * here + 0.8 * pull(bad, generator) if callable(pull) else pull * here
         stay = flat_gradient(imitation_loss(denoiser, good, original, good.code), parameters)
-        descend(optimiser, parameters, tuple(unflatten(pull + keep * stay, parameters)))
-        yield float(pull.norm() / here.norm())
+        descend(optimiser, parameters, tuple(unflatten(up + keep * stay, parameters)))
+        yield float(up.norm() / here.norm())
 
 
-def after_fine_tuning(
-    denoiser: nn.Module, attack: Images, rule: Rule, simulations: Sequence[Simulation] = SIMULATIONS
-) -> Ahead:
-    r"""Return ResAlign's ``ahead``: fine-tune on ``attack``, ask ``rule`` for the hypergradient, put the weights back.
+def after_fine_tuning(denoiser: nn.Module, attack: Images, rule: Rule, simulations: Simulations = SIMULATIONS) -> Ahead:
+    r"""Return ResAlign's pull: fine-tune on ``attack``, ask ``rule`` for the hypergradient, put the weights back.
 
     The reach is n a for n steps of descent at rate a, and :math:`|\theta^*-\theta|/|\nabla L(\theta^*)|` for Adam.
     """
     parameters = list(trainable(denoiser).values())
 
     def ahead(bad: Noised, generator: torch.Generator) -> Tensor:
-        start, choice = flatten(parameters), int(torch.randint(len(simulations), (1,), generator=generator))
-        kind, rate, steps = simulations[choice]
-        optimiser = kind(parameters, lr=rate)
+        kind, rate, steps = simulations[int(torch.randint(len(simulations), (1,), generator=generator))]
+        start, optimiser = flatten(parameters), kind(parameters, lr=rate)
         for _ in range(steps):
             optimiser.zero_grad()
             denoising_loss(denoiser, noised(attack.draw(ROWS // 2, generator), generator)).backward()

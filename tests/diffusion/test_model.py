@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention, AttnProcessor
+from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
@@ -22,18 +23,18 @@ from curvlib.diffusion.model import (
     digit_rate,
     frechet_distance,
     handwritten,
+    judge_training,
     junk,
     noised,
     pretrained,
     quality,
     require_second_derivative,
     sample,
-    train_judge,
     trained_judge,
     training,
 )
 from curvlib.errors import CurvlibError
-from curvlib.parameters import flatten
+from curvlib.parameters import flatten, trainable
 
 
 def random(seed: int = 0) -> torch.Generator:
@@ -100,21 +101,31 @@ def test_training_lowers_the_loss_and_starts_again_from_its_seed() -> None:
     images, (a, b) = handwritten()["train"], (Denoiser(), Denoiser())
     held = noised(images.draw(64, random(1)), random(2))
     before = denoising_loss(a, held).item()
-    assert list(training(a, images, 12, 0, rate=3e-3)) == list(range(1, 13))
-    assert list(training(b, images, 12, 0, rate=3e-3))[-1] == 12
+    assert list(training(a, images, 12, 0, scratch=True)) == list(range(1, 13))
+    assert list(training(b, images, 12, 0, scratch=True))[-1] == 12
     assert torch.equal(flatten(a.parameters()), flatten(b.parameters()))
     assert denoising_loss(a, held).item() < 0.9 * before
     assert not torch.equal(flatten(Denoiser(1).parameters()), flatten(Denoiser().parameters()))
+
+
+def test_training_changes_adapters_alone_where_there_are_some() -> None:
+    model = Denoiser()
+    inject_adapter_in_model(LoraConfig(r=4, target_modules=["conv1", "conv2", "time_emb_proj"]), model)
+    adapters, before = set(trainable(model)), {name: p.clone() for name, p in model.named_parameters()}
+    assert list(training(model, handwritten()["test"], 2, 0)) == [1, 2]
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == adapters
+    assert all("lora_" in name for name in changed)
 
 
 def test_a_model_is_trained_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CURVLIB_CACHE", str(tmp_path))
     images = handwritten()["train"]
     first = flatten(pretrained(images, 2, 0).parameters())
-    monkeypatch.setattr(module, "training", None)  # calling it would now fail
+    monkeypatch.setattr(module, "training", lambda *_, **__: map(int, "no step"))  # a step would now fail
     assert torch.equal(flatten(pretrained(images, 2, 0).parameters()), first)
     assert not torch.equal(first, flatten(Denoiser().parameters()))
-    with pytest.raises(TypeError):
+    with pytest.raises(ValueError, match="invalid literal"):
         pretrained(images.rows(images.y != 4), 2, 0)
 
 
@@ -136,7 +147,7 @@ def test_the_judge_tells_digits_from_nothing(tmp_path: Path, monkeypatch: pytest
 
 def test_a_judge_of_shuffled_digits_is_no_better_than_chance() -> None:
     test, judge = handwritten()["test"], nn.Sequential(nn.Flatten(), nn.Linear(64, 11))
-    train_judge(judge, 30)
+    assert list(judge_training(judge, 30))[-1] == 30
     shuffled = test.y[torch.randperm(len(test.y), generator=random())]
     right, chance = ((judge(test.x).argmax(1) == y).float().mean() for y in (test.y, shuffled))
     assert float(right) > 0.3 > float(chance)

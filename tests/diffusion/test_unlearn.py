@@ -167,7 +167,7 @@ def test_ascent_raises_the_loss_on_what_is_forgotten_and_imitation_spares_the_re
     for keep in (0.0, 20.0):
         model = Denoiser()
         base = [denoising_loss(model, part).item() for part in (bad, good)]
-        assert list(islice(ascend(model, FORGET, RETAIN, keep=keep, weight=0.5), 6)) == pytest.approx([0.5] * 6)
+        assert list(islice(ascend(model, FORGET, RETAIN, 0.5, keep=keep), 6)) == pytest.approx([0.5] * 6)
         rise[keep] = [denoising_loss(model, part).item() - was for part, was in zip((bad, good), base, strict=True)]
     assert rise[0.0][0] > 0
     assert abs(rise[20.0][1]) < rise[0.0][1]

@@ -359,4 +359,49 @@ MISTAKES: dict[str, list[tuple[str, str, str]]] = {
         ("whatever its values", "", 'return "holds" if sum(c["value"] for c in claims) > 0 else "fails"'),
         ("it held at every seed", 'return "holds"', 'return "open"'),
     ],
+    # 08
+    "ddim_step": [
+        ("that is x itself", "", "return x"),
+        ("the image is not noised again", "b**0.5 * image + (1 - b) ** 0.5 * implied", "b**0.5 * image"),
+        ("takes the roots of b and 1 - b", "return b**0.5 * image + (1 - b) ** 0.5", "return b * image + (1 - b)"),
+        ("b = 1 must give the image", "(1 - a) ** 0.5 * noise) / a**0.5", "(1 - a) * noise) / a"),
+        ("b = 1 must give the image", "x - (1 - a) ** 0.5 * noise", "x + (1 - a) ** 0.5 * noise"),
+        ("mixed anew with √b and √(1 - b)", "(1 - b) ** 0.5 * implied", "(1 - b) ** 0.5 * implied * b"),
+        ("left [-1, 1]: clip", ".clamp(-1, 1)", ""),
+        ("compute it again from x", "(1 - b) ** 0.5 * implied", "(1 - b) ** 0.5 * noise"),
+        (
+            "the new noise must give x at a",
+            "(x - a**0.5 * image) / (1 - a) ** 0.5",
+            "noise + x - a**0.5 * image - (1 - a) ** 0.5 * noise",
+        ),
+    ],
+    "erase_gradient": [
+        ("must not fall below 0", "max(eta - cosine, 0.0)", "eta - cosine"),
+        ("mind the sign of the cosine", "max(eta - cosine, 0.0)", "max(eta + cosine, 0.0)"),
+        ("as in BOME", "(g_retain.norm() * g_forget.norm())", "g_forget.norm() ** 2"),
+        ("depends on the gradients' lengths", " / (g_retain.norm() * g_forget.norm())", ""),
+        ("at a cosine of -0.6", "max(eta - cosine, 0.0)", "max(-cosine, 0.0)"),
+        ("belongs to the forgetting gradient", "g_retain + weight * g_forget", "weight * g_retain + g_forget"),
+        ("g_retain + weight · g_forget", "g_retain + weight * g_forget", "weight * g_forget"),
+    ],
+    "hypergradient": [
+        ("which pretends that θ* moves as θ does", "rho * torch.linalg.solve(shifted, tuned - goal)", "tuned - goal"),
+        ("the factor ρ is missing", "return rho * ", "return "),
+        ("the sign is turned", "tuned - goal", "goal - tuned"),
+        ("at the tuned weights θ*, not at θ", "tuned - goal", "theta - goal"),
+        ("that is ρ = 1", "shifted = ", "rho = 1.0\n    shifted = "),
+        ("differs from a central difference", "solve(shifted, tuned - goal)", "solve(A, tuned - goal)"),
+    ],
+    "unrolled_gradient": [
+        ("go back through the n steps", "", "return g"),
+        (
+            "is near, but not the gradient",
+            "",
+            "A = torch.stack([matvec(e) for e in torch.eye(5).double()]); "
+            "return torch.linalg.solve(torch.eye(5).double() + n * a * A, g)",
+        ),
+        ("all steps at once", "", "return g - n * a * matvec(g)"),
+        ("one step, one product", "range(n)", "range(n - 1)"),
+        ("v - a A v", "v - a *", "v + a *"),
+    ],
 }
