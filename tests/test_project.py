@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 import curvlib
@@ -80,6 +82,15 @@ def test_the_version_is_the_same_everywhere() -> None:
     assert citation["version"] == curvlib.__version__
     assert "2511.18039" in str(citation["references"])
     assert "## [Unreleased]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_a_codespace_has_the_smallest_machine_and_a_torch_without_cuda() -> None:
+    place = json.loads((ROOT / ".devcontainer" / "devcontainer.json").read_text())
+    torch = re.findall(r"^TORCH \?= (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert place["containerEnv"]["TORCH"] == f"{torch[0]}+cpu"
+    assert place["hostRequirements"] == {"cpus": 2, "memory": "8gb", "storage": "32gb"}
+    assert place["image"].rpartition(":")[2] in SpecifierSet(PROJECT["requires-python"])
+    assert place["postCreateCommand"] == "make setup"
 
 
 @pytest.fixture
