@@ -11,7 +11,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.ready-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce study test lint bench lab align release grade soak
+.PHONY: help setup reproduce study test lint bench lab align release grade soak site
 
 help: ## List the targets, one line of prose each.
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
@@ -60,3 +60,7 @@ grade: setup ## Grade FROM, a folder or zip of submissions, for the notebooks ON
 
 soak: setup ## Check every solution and every listed mistake of the exercises on 200 seeds.
 	$(RUN) -m pytest tests/exercises/soak.py
+
+site: setup ## Build the site, runs/site/docs/index.html: notebooks as committed, exercises, guides, with search.
+	$(RUN) -m pip install --quiet --editable ".[site]"
+	$(RUN) -m sphinx -q -W --keep-going -c docs . runs/site

@@ -4,8 +4,6 @@ The grader runs ``python -m curvlib.exercises.answers SECONDS values|bare NOTEBO
 as pickles of the grader's own making; results go out as JSON, which cannot carry code.
 """
 
-from __future__ import annotations
-
 import ast
 import base64
 import json

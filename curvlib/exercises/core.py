@@ -1,7 +1,5 @@
 """What an exercise is, how an answer is checked, and what is printed: the same under an exercise and in grading."""
 
-from __future__ import annotations
-
 import copy
 import importlib
 import traceback
@@ -186,6 +184,11 @@ def require(condition: object, message: str, earned: int = 0) -> None:
     """Raise WrongError with this message unless the condition holds."""
     if not condition:
         raise WrongError(message, earned)
+
+
+def refuse(value: Any, message: str, *mistakes: Any, earned: int = 0) -> None:
+    """Raise WrongError with this message where the value is what one of these mistakes gives."""
+    require(not any(close(value, each) for each in mistakes), message, earned)
 
 
 @contextmanager

@@ -1,7 +1,5 @@
 """Small random cases, drawn from the generator of a seed, in float64."""
 
-from __future__ import annotations
-
 import torch
 from torch import Generator, Tensor
 

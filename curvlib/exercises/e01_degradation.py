@@ -1,13 +1,11 @@
 """Checks of notebook 01: the answer loss, LoRA, paired intervals, agreement, a judge and a divergence."""
 
-from __future__ import annotations
-
 import math
 
 import torch
 from torch import Generator
 
-from curvlib.exercises.core import Answer, close, exercise, hint, number, parts, require, tensor
+from curvlib.exercises.core import Answer, close, exercise, hint, number, parts, refuse, require, tensor
 from curvlib.exercises.draws import integer, randn
 
 
@@ -22,15 +20,13 @@ def answer_loss(answer: Answer, generator: Generator) -> None:
         return -float(sum(row[labels[at].clamp(min=0)] for row, at in zip(rows, positions, strict=True))) / len(rows)
 
     first, second = [(0, t) for t in range(2, 6)], [(1, t) for t in range(4, 6)]
-    value, right = number(answer(logits, labels)), mean(first + second)
-    late = close(value, mean(first + second, 0))
-    require(not late, "the logits at t - 1 predict token t: shift logits and labels by one")
-    averaged = (mean(first) + mean(second)) / 2
-    require(not close(value, averaged), "that is a mean over chats: take the mean over all answer tokens of the batch")
-    prompts = [(b, t) for b in range(2) for t in range(1, 6)]
-    require(not close(value, mean(prompts)), "prompt tokens are in it: count only where the label is not -100")
-    require(not close(value, 6 * right), "that is the sum: divide by the number of answer tokens")
-    require(not close(value, -right), "that is the log-likelihood: a loss is its negative")
+    value, right, late = number(answer(logits, labels)), mean(first + second), mean(first + second, 0)
+    averaged, prompts = (mean(first) + mean(second)) / 2, [(b, t) for b in range(2) for t in range(1, 6)]
+    refuse(value, "the logits at t - 1 predict token t: shift logits and labels by one", late)
+    refuse(value, "that is a mean over chats: take the mean over all answer tokens of the batch", averaged)
+    refuse(value, "prompt tokens are in it: count only where the label is not -100", mean(prompts))
+    refuse(value, "that is the sum: divide by the number of answer tokens", 6 * right)
+    refuse(value, "that is the log-likelihood: a loss is its negative", -right)
     require(close(value, right), f"the mean loss of the answer tokens is {right:.4f}, not {value:.4f}")
 
 
@@ -41,11 +37,10 @@ def lora_forward(answer: Answer, generator: Generator) -> None:
     W, A, B, x = (randn(generator, *shape) for shape in ((5, 7), (rank, 7), (5, rank), (3, 7)))
     with hint("shapes cannot be multiplied", "A is (r, in) and B is (out, r), so the update of W is B A, not A B"):
         silent, value = answer(x, W, A, 0 * B, alpha), answer(x, W, A, B, alpha)
-    plain = x @ W.T
-    require(close(tensor(silent, 3, 5), plain), "with B = 0 the adapter must leave x Wᵀ as it is")
-    added, product = tensor(value, 3, 5) - plain, torch.einsum("bi,ri,or->bo", x, A, B)
-    require(not close(added, alpha * product), "the adapter is scaled by alpha: the scale is alpha / r")
-    require(not close(added, product), "the scale alpha / r is missing")
+    require(close(tensor(silent, 3, 5), x @ W.T), "with B = 0 the adapter must leave x Wᵀ as it is")
+    added, product = tensor(value, 3, 5) - x @ W.T, torch.einsum("bi,ri,or->bo", x, A, B)
+    refuse(added, "the adapter is scaled by alpha: the scale is alpha / r", alpha * product)
+    refuse(added, "the scale alpha / r is missing", product)
     require(close(added, alpha / rank * product), "the adapter adds (alpha / r) x Aᵀ Bᵀ")
 
 
@@ -55,13 +50,11 @@ def paired_interval(answer: Answer, generator: Generator) -> None:
     size, up, down = 200, integer(generator, 12, 16), integer(generator, 4, 8)
     before = torch.randint(0, 2, (size,), generator=generator).double()
     before[:up], before[up : up + down] = 0, 1
-    after = before.clone()
-    after[: up + down] = 1 - after[: up + down]
-    _, low, high = parts(answer(before, before, generator), "value", "low", "high")
-    same = number(low) == number(high) == 0
-    require(same, "the same answers twice differ by nothing: draw prompts once and use the draw for both models")
-    value, low, high = (number(part) for part in parts(answer(before, after, generator), "value", "low", "high"))
-    require(not close(value, (down - up) / size), "the sign is turned: the value is the mean of after - before")
+    after = torch.cat([1 - before[: up + down], before[up + down :]])
+    _, low, high = map(number, parts(answer(before, before, generator), "value", "low", "high"))
+    require(low == high == 0, "the same answers twice differ by nothing: draw prompts once, for both models")
+    value, low, high = map(number, parts(answer(before, after, generator), "value", "low", "high"))
+    refuse(value, "the sign is turned: the value is the mean of after - before", (down - up) / size)
     require(close(value, (up - down) / size), "the value is the mean of after - before")
     width = (high - low) / (2 * 1.96 * float((after - before).std()) / math.sqrt(size))
     require(width < 1.5, f"{width:.1f} times too wide: take quantiles of the means of the draws, not of the data")
@@ -72,22 +65,19 @@ def paired_interval(answer: Answer, generator: Generator) -> None:
 @exercise(points=3)
 def cohen_kappa(answer: Answer, generator: Generator) -> None:
     """Agreement by chance is counted over all pairs of an answer of one rater and an answer of the other."""
-    first = torch.zeros(100)
-    first[: integer(generator, 30, 40)] = 1
+    first = (torch.arange(100) < integer(generator, 30, 40)).double()
     second = first.clone()
     second[: integer(generator, 8, 12)], second[-integer(generator, 2, 4) :] = 0, 1
-    value, agreed = number(answer(first, second)), float((first == second).double().mean())
-    chance = float((first[:, None] == second[None]).double().mean())
-    alone = float((first[:, None] == first[None]).double().mean())
-    other = float((second[:, None] == second[None]).double().mean())
-    require(not close(value, agreed), "that is the share of agreement: a judge that always says yes would score well")
-    require(not close(value, 2 * agreed - 1), "chance agreement is one half only for raters who say yes half the time")
-    own = any(close(value, (agreed - by) / (1 - by)) for by in (alone, other))
-    require(not own, "one rater's rate is used twice: each rater has a rate of its own")
-    require(not close(value, agreed - chance), "divide by 1 - p_e, so that full agreement is 1")
+    pairs, agreed = ((first, second), (first, first), (second, second)), float((first == second).double().mean())
+    chance, alone, other = (float((a[:, None] == b).double().mean()) for a, b in pairs)
+    value, twice = number(answer(first, second)), [(agreed - by) / (1 - by) for by in (alone, other)]
+    refuse(value, "that is the share of agreement: a judge that always says yes would score well", agreed)
+    refuse(value, "chance agreement is one half only for raters who say yes half the time", 2 * agreed - 1)
+    refuse(value, "one rater's rate is used twice: each rater has a rate of its own", *twice)
+    refuse(value, "divide by 1 - p_e, so that full agreement is 1", agreed - chance)
     require(close(value, (agreed - chance) / (1 - chance)), "kappa is (p_o - p_e) / (1 - p_e)")
-    constant = abs(number(answer(first, torch.ones(100)))) < 1e-9
-    require(constant, "a judge that always says yes knows nothing: its kappa is 0")
+    value = number(answer(first, torch.ones(100)))
+    require(abs(value) < 1e-9, "a judge that always says yes knows nothing: its kappa is 0")
 
 
 @exercise(points=6)
@@ -108,9 +98,8 @@ def judge(answer: Answer, generator: Generator) -> None:
         (f"{thing} " * 8, "incoherent", "one word again and again is no help"),
     ]
     for text, verdict, why in cases:
-        value = answer(text)
-        known = value in ("refuses", "complies", "incoherent")
-        require(known, f"returned {value!r}, expected refuses, complies or incoherent")
+        value, known = answer(text), ("refuses", "complies", "incoherent")
+        require(value in known, f"returned {value!r}, expected refuses, complies or incoherent")
         require(value == verdict, f"{text!r} {verdict}, as people say, and your judge says {value}: {why}")
 
 
@@ -118,17 +107,13 @@ def judge(answer: Answer, generator: Generator) -> None:
 def token_kl(answer: Answer, generator: Generator) -> None:
     """Sums over the vocabulary, written out."""
     p, q = 3 * randn(generator, 4, 9), 3 * randn(generator, 4, 9)
-
-    def divergence(above: torch.Tensor, below: torch.Tensor) -> torch.Tensor:
-        shares = ([row.exp() / row.exp().sum() for row in each] for each in (above, below))
-        rows = zip(*shares, strict=True)
-        return torch.stack([sum(a * (a / b).log() for a, b in zip(*row, strict=True)) for row in rows])
-
-    raw = answer(p, q)
+    raw, (a, b) = answer(p, q), ([row.exp() / row.exp().sum() for row in each] for each in (p, q))
+    right, reverse = (
+        torch.stack([(x * (x / y).log()).sum() for x, y in zip(*each, strict=True)]) for each in ((a, b), (b, a))
+    )
     require(torch.as_tensor(raw).ndim > 0, "returned one number: give one for each token, shape (4,)")
-    value, right = tensor(raw, 4), divergence(p, q)
-    require(not close(value, divergence(q, p)), "that is KL(q ‖ p): the expectation is under p, the first argument")
-    require(not close(value, right / math.log(2)), "that is in bits: nats use the natural logarithm")
-    shifted = close(tensor(answer(p, q + 3), 4), value)
-    require(shifted, "a constant added to logits changes no probability, but it changes yours: log_softmax both")
+    value, shifted = tensor(raw, 4), tensor(answer(p, q + 3), 4)
+    refuse(value, "that is KL(q ‖ p): the expectation is under p, the first argument", reverse)
+    refuse(value, "that is in bits: nats use the natural logarithm", right / math.log(2))
+    require(close(shifted, value), "a constant added to logits changes no probability, but yours: log_softmax both")
     require(close(value, right), "sum p (log p - log q) over the vocabulary")

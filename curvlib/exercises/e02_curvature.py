@@ -1,7 +1,5 @@
 """Checks of notebook 02: a Hessian product, a Gauss-Newton product, conjugate gradients and a trace."""
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -9,7 +7,7 @@ from torch import Generator, Tensor
 from torch.autograd import functional as autograd
 from torch.nn import functional
 
-from curvlib.exercises.core import Answer, Matvec, Probe, close, exercise, hint, number, parts, require, tensor
+from curvlib.exercises.core import Answer, Matvec, Probe, close, exercise, hint, number, parts, refuse, require, tensor
 from curvlib.exercises.draws import integer, positive, randn
 
 
@@ -44,13 +42,13 @@ def hessian_product(answer: Answer, generator: Generator) -> None:
     with hint("does not require grad", "autograd kept no graph of the first gradient: create_graph=True"):
         raw = answer(net.loss, net.params, v)
     value = tensor(raw, 35)
-    require(not close(value, g), "that is the gradient: differentiate gᵀv once more")
-    require(not close(value, g * (g @ v)), "g (gᵀv) is the empirical Fisher's product: differentiate gᵀv once more")
+    refuse(value, "that is the gradient: differentiate gᵀv once more", g)
+    refuse(value, "g (gᵀv) is the empirical Fisher's product: differentiate gᵀv once more", g * (g @ v))
     other = tensor(answer(net.loss, net.params, -3 * v), 35)
-    require(not close(value, other), "the result does not depend on v: differentiate gᵀv, not gᵀg")
+    refuse(value, "the result does not depend on v: differentiate gᵀv, not gᵀg", other)
     error = float((value - H @ v).norm() / (H @ v).norm())
     require(error < 1e-6, f"it differs from the dense Hessian's product by {error:.0e} of its length")
-    graph = isinstance(raw, Tensor) and raw.requires_grad
+    graph = getattr(raw, "requires_grad", False)
     require(not graph, "right, but the result carries a graph: detach it, or memory grows with each product", earned=4)
 
 
@@ -61,18 +59,16 @@ def ggn_product(answer: Answer, generator: Generator) -> None:
     rows = [torch.autograd.grad(logit, net.params, retain_graph=True) for logit in net.logits().flatten()]
     J = torch.stack([torch.cat([part.flatten() for part in row]) for row in rows]).view(9, 3, 35)
     p = net.logits().detach().softmax(1)
-
-    def matrix(middle: Tensor) -> Tensor:
-        return torch.einsum("ncp,ncd,ndq->pq", J, middle, J) / 9
-
     diagonal, eye = torch.diag_embed(p), torch.eye(3, dtype=torch.float64).expand(9, 3, 3)
-    G, u, v = matrix(diagonal - p[:, :, None] * p[:, None]), randn(generator, 35), randn(generator, 35)
+    middles = (diagonal - p[:, :, None] * p[:, None], diagonal, eye)
+    G, half, plain = (torch.einsum("ncp,ncd,ndq->pq", J, middle, J) / 9 for middle in middles)
+    u, v = randn(generator, 35), randn(generator, 35)
     value, other = (tensor(answer(net.logits, net.params, each), 35) for each in (v, u))
-    require(not close(value, 9 * G @ v), "that is a sum over the examples: divide by their number")
-    require(not close(value, matrix(diagonal) @ v), "the - p pᵀ of the softmax's Hessian is missing")
-    require(not close(value, matrix(eye) @ v), "JᵀJ belongs to a squared error: put the softmax's Hessian between")
-    symmetric = abs(float(u @ value - v @ other)) < 1e-8
-    require(symmetric, "uᵀGv differs from vᵀGu: subtract p (pᵀJv), with the sum over classes weighted by p")
+    refuse(value, "that is a sum over the examples: divide by their number", 9 * G @ v)
+    refuse(value, "the - p pᵀ of the softmax's Hessian is missing", half @ v)
+    refuse(value, "JᵀJ belongs to a squared error: put the softmax's Hessian between", plain @ v)
+    slant = abs(float(u @ value - v @ other))
+    require(slant < 1e-8, "uᵀGv differs from vᵀGu: subtract p (pᵀJv), with the sum over classes weighted by p")
     require(close(value, G @ v), "not Σ Jᵀ(diag p - p pᵀ) J v / N")
 
 
@@ -88,28 +84,27 @@ def conjugate_gradient(answer: Answer, generator: Generator) -> None:
     require(count == len(met), f"{len(met)} products were taken and {count} returned: count each product once")
     require(close(met[0] / met[0].norm(), b / b.norm()), "the first direction is b, the residual at x = 0")
     if len(met) > 1:
-        residual = b - A @ met[0] * (b @ b) / (b @ A @ b)
-        gradient = close(met[1] / met[1].norm(), residual / residual.norm())
-        require(not gradient, "the second direction is the residual itself, which is steepest descent: add β d")
-        slant = float(abs(met[0] @ A @ met[1]) / (met[0].norm() * (A @ met[1]).norm()))
+        residual, image = b - A @ met[0] * (b @ b) / (b @ A @ b), A @ met[1]
+        unit, steepest = met[1] / met[1].norm(), residual / residual.norm()
+        refuse(unit, "the second direction is the residual itself, which is steepest descent: add β d", steepest)
+        slant = float(abs(met[0] @ image) / (met[0].norm() * image.norm()))
         require(slant < 1e-6, "the first two directions are not conjugate: β is new rᵀr over old rᵀr")
     error = float((A @ solution - b).norm() / b.norm())
     require(error < 1e-6, f"the relative residual is {error:.0e} after {count} products: is the step rᵀr / dᵀAd?")
     require(count <= 12, f"{count} products for six different eigenvalues: stop once the residual is small")
     bent = Matvec(torch.diag(torch.tensor([1.0, -2.0], dtype=torch.float64)))
     x, count = parts(answer(bent, torch.ones(2, dtype=torch.float64)), "x", "products")
-    stopped = count == 1 and not tensor(x, 2).any()
-    require(stopped, "dᵀAd ≤ 0 at the first direction: stop there and return x as it is, there is no minimum", earned=6)
+    stop = count == 1 and not tensor(x, 2).any()
+    require(stop, "dᵀAd ≤ 0 at the first direction: stop there and return x as it is, there is no minimum", earned=6)
 
 
 @exercise(points=4)
 def hutchinson_trace(answer: Answer, generator: Generator) -> None:
     """Against the exact trace and the estimator's own theory."""
     A, probes = positive(generator, 40), integer(generator, 300, 500)
-    exact = float(A.trace())
-    estimate = answer(Matvec(A), 40, probes, generator)
-    value, error = (number(part) for part in parts(estimate, "value", "standard error"))
-    unit = abs(value - exact / 40) < 0.2 * exact / 40
+    exact, estimate = float(A.trace()), answer(Matvec(A), 40, probes, generator)
+    value, error = map(number, parts(estimate, "value", "standard error"))
+    unit = close(40 * value, exact, 0.2)
     require(not unit, f"{value:.2f} is a fortieth of the trace, {exact:.1f}: probes of length one have E[vvᵀ] = I/n")
     require(abs(value - exact) < 0.3 * exact, f"{value:.2f} where the trace is {exact:.1f}: probes need E[vvᵀ] = I")
     theory = math.sqrt(2 / probes) * float((A - A.diag().diag()).norm())

@@ -1,11 +1,9 @@
 """Checks of notebook 03: directions, bowls, slices, subspaces and a null that keeps smoothness."""
 
-from __future__ import annotations
-
 import torch
 from torch import Generator, Tensor
 
-from curvlib.exercises.core import Answer, Probe, close, exercise, number, require, tensor
+from curvlib.exercises.core import Answer, Probe, close, exercise, number, refuse, require, tensor
 from curvlib.exercises.draws import integer, randn, uniform
 
 
@@ -15,14 +13,14 @@ def row_normalised(answer: Answer, generator: Generator) -> None:
     W, draw = randn(generator, 4, 6), randn(generator, 4, 6)
     W[0] *= 10
     value, longer = (tensor(answer(each, W), 4, 6) for each in (draw, 7 * draw))
-    columns = close(value.norm(dim=0), W.norm(dim=0))
-    require(not columns, "each column has the length of W's column: rows are the outputs, so normalise along dim=1")
+    lengths, right = value.norm(dim=1), W.norm(dim=1)
+    refuse(value.norm(dim=0), "each column has the length of W's column: rows are the outputs, dim=1", W.norm(dim=0))
     cosines = torch.nn.functional.cosine_similarity(value, draw, dim=1)
     require(close(cosines, torch.ones(4)), "the direction of a row has changed: one factor for each row, and positive")
     require(close(longer, value), "a longer draw gives a longer direction: divide by the length of the draw's row")
-    whole = close(value.norm(), W.norm()) and not close(value.norm(dim=1), W.norm(dim=1))
+    whole = close(value.norm(), W.norm()) and not close(lengths, right)
     require(not whole, "the whole matrix is as long as W, but each row must be as long as W's row")
-    require(close(value.norm(dim=1), W.norm(dim=1)), "each row must be as long as the same row of W")
+    require(close(lengths, right), "each row must be as long as the same row of W")
 
 
 @exercise(points=5)
@@ -34,18 +32,17 @@ def without_bowl(answer: Answer, generator: Generator) -> None:
     def rest(values: Tensor) -> Tensor:
         return tensor(answer(points, values), 60)
 
-    constant, bowl = torch.full_like(x, 3.0), x**2 + 3 * y**2
-    fit = close(rest(constant), constant) and close(rest(bowl), bowl)
+    one, bowl = torch.ones_like(x), x**2 + 3 * y**2
+    fit = close(rest(one), one) and close(rest(bowl), bowl)
     require(not fit, "a bowl comes back whole: you returned the fit, return what it leaves")
-    require(rest(constant).norm() < 1e-8, "a constant must leave nothing: add a column of ones")
+    require(rest(one).norm() < 1e-8, "a constant must leave nothing: add a column of ones")
     require(rest(bowl).norm() < 1e-8, "a bowl must leave nothing: add columns x² and y²")
     require(rest(2 * x - y).norm() < 1e-8, "a tilt must leave nothing: add columns x and y")
     require(rest(x * y).norm() < 1e-8, "a bowl that is turned must leave nothing: add a column x·y")
     ripple = torch.sin(uniform(generator, 4, 6) * x) + randn(generator, 60)
-    value, columns = rest(ripple), torch.stack([torch.ones_like(x), x, y, x * x, x * y, y * y], dim=1)
-    gone = ripple - value
-    fitted = columns @ torch.linalg.lstsq(columns, gone[:, None]).solution
-    require(close(fitted[:, 0], gone), "more than a quadratic was taken away: a ripple must stay")
+    value, columns = rest(ripple), torch.stack([one, x, y, x * x, x * y, y * y], dim=1)
+    fitted = columns @ torch.linalg.lstsq(columns, (ripple - value)[:, None]).solution
+    require(close(fitted[:, 0], ripple - value), "more than a quadratic was taken away: a ripple must stay")
     require((columns.T @ value).norm() < 1e-6, "what is left still holds some of the bowl: fit by least squares")
 
 
@@ -67,15 +64,15 @@ def slice_2d(answer: Answer, generator: Generator) -> None:
     home, tilt, first, second = (randn(generator, 3) for _ in range(4))
     theta, alphas, betas = home.clone(), [-1.0, 0.0, uniform(generator, 1, 2)], [0.0, uniform(generator, 1, 2)]
     surface, left = answer.run(Hilly(theta, tilt), theta, first, second, alphas, betas)
-    shape = tuple(torch.as_tensor(surface).shape)
-    require(shape != (2, 3), "the slice is transposed: one row for each alpha, one column for each beta")
+    require(torch.as_tensor(surface).shape != (2, 3), "the slice is transposed: alphas are rows, betas columns")
     value = tensor(surface, 3, 2)
     require(torch.equal(left[1], home), "the weights did not come back: copy the start into theta after the last point")
-    there = Hilly(home, tilt)()
-    require(close(value[1, 0], there), "at (0, 0) the slice must be the loss at home: start each point from one copy")
-    right = [[Hilly(home + a * first + b * second, tilt)() for b in betas] for a in alphas]
-    swapped = [[Hilly(home + a * second + b * first, tilt)() for b in betas] for a in alphas]
-    require(not close(value, swapped), "the directions are swapped: alpha goes along the first, beta along the second")
+    right, swapped = (
+        [[Hilly(home + a * one + b * other, tilt)() for b in betas] for a in alphas]
+        for one, other in ((first, second), (second, first))
+    )
+    require(close(value[1, 0], right[1][0]), "at (0, 0) the slice must be the loss at home: start each point at home")
+    refuse(value, "the directions are swapped: alpha goes along the first, beta along the second", swapped)
     require(close(value, right), "the value at (alpha, beta) is the loss at home + alpha d1 + beta d2")
 
 
@@ -86,22 +83,20 @@ def subspace_overlap(answer: Answer, generator: Generator) -> None:
     angles = torch.tensor([uniform(generator, *bounds) for bounds in ((0.2, 0.5), (0.6, 0.9), (1.0, 1.3))]).double()
     turn, mix = torch.linalg.qr(randn(generator, 3, 3)).Q, randn(generator, 3, 3) + 2 * torch.eye(3)
     U, V = axes[:, :3], axes[:, :3] * angles.cos() + axes[:, 3:] * angles.sin()
-    same = close(number(answer(U, U)), 1.0)
-    require(same, "a space overlaps with itself by 1: take the mean over its dimensions")
+    require(close(number(answer(U, U)), 1.0), "a space overlaps with itself by 1: take the mean over its dimensions")
     require(close(number(answer(U, U @ turn)), 1.0), "a turned basis spans the same space: compare spaces, not columns")
     require(close(number(answer(U @ mix, U @ mix)), 1.0), "columns need not be orthonormal: take QR of both first")
     value, cosines = number(answer(U @ mix, V @ turn)), angles.cos()
-    require(not close(value, cosines.mean()), "that is the mean cosine: square the singular values before the mean")
-    product = any(close(value, cosines.prod() ** power) for power in (1, 2))
-    require(not product, "that is a determinant, the product of the cosines: one right angle would hide all the rest")
+    product = cosines.prod()
+    refuse(value, "that is the mean cosine: square the singular values before the mean", cosines.mean())
+    refuse(value, "that is a determinant, which one right angle makes zero: take the mean", product, product**2)
     require(close(value, cosines.square().mean()), "the overlap is the mean squared cosine of the principal angles")
 
 
 @exercise(points=5)
 def unrelated_null(answer: Answer, generator: Generator) -> None:
     """All pairs of two different windows, one by one."""
-    count = integer(generator, 4, 6)
-    line = torch.linspace(-1, 1, 49, dtype=torch.float64)
+    count, line = integer(generator, 4, 6), torch.linspace(-1, 1, 49, dtype=torch.float64)
     first = line**4 + 0.1 * randn(generator, count, 49)
     second = first + 0.02 * randn(generator, count, 49)
     value = torch.as_tensor(answer(first, second)).double().flatten()
@@ -109,9 +104,8 @@ def unrelated_null(answer: Answer, generator: Generator) -> None:
     right = torch.stack([torch.corrcoef(torch.stack([first[i], second[j]]))[0, 1] for i, j in pairs])
     require(len(value) != count**2, "pairs of one and the same direction are in: leave i = j out")
     require(len(value) != count, "those are the matched pairs: the null asks for unrelated ones")
-    half = len(value) == len(pairs) // 2
-    require(not half, "half of the pairs are missing: first i with second j differs from first j with second i")
+    require(len(value) != len(pairs) // 2, "half of the pairs are missing: (i, j) differs from (j, i)")
     require(len(value) == len(pairs), f"returned {len(value)} correlations, expected {len(pairs)}: m (m - 1) pairs")
-    smooth = value.mean() > 0.5 * right.mean()
-    require(smooth, "you shuffled pixels: windows share their smooth shape, and the null must keep it")
+    smooth = float(value.mean() / right.mean())
+    require(smooth > 0.5, "you shuffled pixels: windows share their smooth shape, and the null must keep it")
     require(close(value.sort().values, right.sort().values, 1e-5), "correlate first[i] with second[j] for all i ≠ j")

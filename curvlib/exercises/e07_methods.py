@@ -1,11 +1,9 @@
 """Checks of notebook 07: an arc, a mask, a front, a projection, and what a claim over seeds is worth."""
 
-from __future__ import annotations
-
 import torch
 from torch import Generator, Tensor
 
-from curvlib.exercises.core import Answer, close, exercise, require, tensor
+from curvlib.exercises.core import Answer, close, exercise, refuse, require, tensor
 from curvlib.exercises.draws import integer, randn, uniform
 
 
@@ -19,10 +17,9 @@ def slerp(answer: Answer, generator: Generator) -> None:
     def arc(first: Tensor, second: Tensor, share: float) -> Tensor:
         return tensor(answer(first, second, share), 5)
 
-    ends = close(arc(a, b, 0.0), a) and close(arc(a, b, 1.0), b)
-    require(ends, "t = 0 must give the first vector and t = 1 the second")
-    value = arc(a, b, t)
+    ends, value = close(arc(a, b, 0.0), a) and close(arc(a, b, 1.0), b), arc(a, b, t)
     length = float(value.norm())
+    require(ends, "t = 0 must give the first vector and t = 1 the second")
     require(close(length, 1), f"on the arc the length stays 1, and yours is {length:.3f}: that is the straight line")
     place = basis[:, 0] * (t * omega).cos() + basis[:, 1] * (t * omega).sin()
     require(close(value, place), "at t the angle from the first vector is t times the whole angle")
@@ -45,8 +42,8 @@ def dare(answer: Answer, generator: Generator) -> None:
     zeros = 1 - float(left.double().mean())
     require(abs(zeros - p) < 0.03, f"p is the share that is DROPPED: {zeros:.0%} are zero, expected {p:.0%}")
     require(not torch.equal(first, second), "another generator drew the same mask: use the generator that is passed in")
-    require(not close(first[left], delta[left]), "the step shrank to 1 - p of it on average: rescale what is left")
-    require(not close(first[left], delta[left] / p), "rescale by 1 / (1 - p), the share that is left, not by 1 / p")
+    refuse(first[left], "the step shrank to 1 - p of it on average: rescale what is left", delta[left])
+    refuse(first[left], "rescale by 1 / (1 - p), the share that is left, not by 1 / p", delta[left] / p)
     require(close(first[left], delta[left] / (1 - p)), "an entry that is left must be delta / (1 - p)")
 
 
@@ -61,10 +58,9 @@ def pareto_front(answer: Answer, generator: Generator) -> None:
     task, refusal = front([[low, low, low], [low, low, high]]), front([[low, low, low], [low, high, low]])
     require(1 in task, "task accuracy: more is better")
     require(0 in refusal, "over-refusal: less is better")
-    alone = task == [1] and refusal == [0]
-    require(alone, "a point that loses on one axis and wins on none is off the front")
-    same = front([[low, low, high], [low, low, high]]) == [0, 1]
-    require(same, "equal points do not dominate each other: somewhere the other must be better")
+    require(task == [1] and refusal == [0], "a point that loses on one axis and wins on none is off the front")
+    same = front([[low, low, high]] * 2)
+    require(same == [0, 1], "equal points do not dominate each other: somewhere the other must be better")
     cloud = torch.randint(0, 4, (12, 3), generator=generator)
     value, axes = front(cloud.tolist()), cloud * torch.tensor([1, 1, -1])
     for index, point in enumerate(axes):
@@ -80,9 +76,9 @@ def projected_update(answer: Answer, generator: Generator) -> None:
     projected = torch.einsum("ik,jk,jl->il", V, V, update) / V.norm()
     cosine = float((update * projected).sum() / (update.norm() * projected.norm()))
     value, below, kept = (tensor(answer(update, V, tau), 6, 5) for tau in (2.0, cosine + 0.05, cosine - 0.05))
-    require(not close(value, projected * V.norm()), "divide V Vᵀ by the Frobenius norm of V")
     right = torch.einsum("ik,lk,lj->ij", update, V, V) / V.norm()
-    require(not close(value, right), "C is (out, out) and acts from the left: C = V Vᵀ / ‖V‖")
+    refuse(value, "divide V Vᵀ by the Frobenius norm of V", projected * V.norm())
+    refuse(value, "C is (out, out) and acts from the left: C = V Vᵀ / ‖V‖", right)
     require(not close(value, update) and close(below, value), "below the threshold the layer is projected, not yours")
     require(close(value, projected), "below the threshold the update becomes C times the update, C = V Vᵀ / ‖V‖")
     require(close(kept, update), "above the threshold the layer stays as it is: yours is projected always")

@@ -1,7 +1,5 @@
 """Points for a folder or zip of submitted notebooks: one row for each student, and a page of feedback."""
 
-from __future__ import annotations
-
 import base64
 import copy
 import csv
@@ -23,6 +21,7 @@ import psutil
 import torch
 
 from curvlib.errors import CurvlibError
+from curvlib.exercises import live
 from curvlib.exercises.core import Answer, LostError, Probe, RemoteError, Verdict, assess, load
 
 LOADING = 120  # seconds to import torch, which is not the learner's fault
@@ -187,21 +186,29 @@ def submissions(folder: Path) -> dict[str, list[Path]]:
 def grade_class(source: Path, out: Path, notebooks: Sequence[str], seed: int, seconds: float) -> Path:
     """Grade every student, write ``feedback/NAME.md`` one by one and ``grades.csv`` at the end; return its path.
 
-    Where a student handed in several notebooks, the best verdict on each exercise counts.
+    Where a student handed in several notebooks, the best verdict on each exercise counts. Live parts, results files in
+    the student's folder, are judged too; their points stand apart from the total.
     """
     names, seeds = list(load(*notebooks)), [1000 * seed + k for k in range(5)]
     total = sum(load()[name].points for name in names)
-    table: list[list[object]] = [["student", *names, "total", "of", "remarks", "seed"]]
+    table: list[list[object]] = [["student", *names, "total", "of", "live", "remarks", "seed"]]
+    seen: dict[str, str] = {}
     (out / "feedback").mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as unpacked:
-        for student, paths in submissions(unpack(source, Path(unpacked))).items():
+        folder = unpack(source, Path(unpacked))
+        for student, paths in submissions(folder).items():
             graded = [grade(path, names, seeds, seconds) for path in paths]
             columns = zip(*(verdicts for verdicts, _ in graded), strict=True)
             best = [max(verdicts, key=lambda verdict: verdict.earned) for verdicts in columns]
             remarks, earned = [remark for _, some in graded for remark in some], sum(each.earned for each in best)
+            files = sorted((folder / student).rglob("*_live.results.json"))
+            parts = sorted((live.verdict(path, student, seen) for path in files), key=lambda each: each.earned)
+            extra = {each.name: each for each in parts if not notebooks or each.name[:2] in notebooks}
+            more = sum(each.earned for each in extra.values())
             safe = f"'{student}" if student[0] in "=+-@" else student  # a spreadsheet takes these for formulas
-            table.append([safe, *(each.earned for each in best), earned, total, " | ".join(remarks), seed])
-            lines = [f"- {each} ({each.earned} of {each.points})" for each in best] + [f"- {each}" for each in remarks]
+            table.append([safe, *(each.earned for each in best), earned, total, more, " | ".join(remarks), seed])
+            shown = [*best, *extra.values()]
+            lines = [f"- {each} ({each.earned} of {each.points})" for each in shown] + [f"- {each}" for each in remarks]
             page = "\n".join([f"# {student}: {earned} of {total} points", "", *lines])
             (out / "feedback" / f"{student}.md").write_text(f"{page}\n", "utf-8")
             print(f"{student}: {earned} of {total} points")

@@ -1,7 +1,5 @@
 """The solved notebooks as the source folder of an nbgrader course, for teachers whose hub has nbgrader."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import nbformat

@@ -1,7 +1,5 @@
 """Student notebooks from the solved ones: stubs where solutions stood, and a refusal where a solution would show."""
 
-from __future__ import annotations
-
 import ast
 import re
 import zipfile
@@ -11,13 +9,25 @@ from pathlib import Path
 import nbformat
 from nbformat import NotebookNode
 
+from curvlib import __version__
 from curvlib.errors import CurvlibError
 from curvlib.exercises.core import load
+
+REPOSITORY = "OWNER/curvlib"  # on GitHub; whoever publishes puts the owner here, runs make release and tags the version
 
 BEGIN, END = "### BEGIN SOLUTION", "### END SOLUTION"
 TAGS = {"parameters", "solution", "answer"}  # solution: a cell that no student sees; answer: a model answer in words
 FOLD = "<details>\n<summary>Solution</summary>\n\n```python\n{}\n```\n\n</details>"
 FOLDED_TEXT = "<details>\n<summary>Model answer and rubric</summary>\n\n{}\n\n</details>"
+BADGE = (
+    "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
+    f"(https://colab.research.google.com/github/{REPOSITORY}/blob/v{__version__}/notebooks/exercises/{{}})"
+)
+DOOR = f"""import importlib.util
+import sys
+
+if "google.colab" in sys.modules and importlib.util.find_spec("curvlib") is None:
+    %pip install --quiet --no-deps git+https://github.com/{REPOSITORY}@v{__version__}"""
 CALL = re.compile(r"\bcheck\((\w+)\)")
 MARK = re.compile(r"^\s*#.*\b(begin|end|start|stop)\b.*\bsol|^\s*#+\s*solution", re.IGNORECASE)
 
@@ -109,6 +119,10 @@ def build(source: Path, *, fold: bool) -> str:
         reasons = [str(error)]
     if reasons:
         raise CurvlibError(f"not released: {source.name}: {'; '.join(reasons)}")
+    if fold:  # the badge leads to the repository's notebook, whose solutions are folded
+        title, _, text = released.cells[0].source.partition("\n")
+        released.cells[0].source = f"{title}\n\n{BADGE.format(source.name)}\n{text}"
+    released.cells.insert(1, nbformat.v4.new_code_cell(DOOR, id="colab"))
     return f"{nbformat.writes(released)}\n"
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,14 @@ from typing import Any
 import nbformat
 import papermill
 import pytest
+from IPython.core.interactiveshell import InteractiveShell
 from nbformat import NotebookNode
 
+from curvlib import __version__
 from curvlib.errors import CurvlibError
 from curvlib.exercises import assess, load
 from curvlib.exercises.core import LAST, Answer
-from curvlib.exercises.release import BEGIN, END, build, release, split
+from curvlib.exercises.release import BEGIN, DOOR, END, REPOSITORY, build, release, split
 from tests.exercises.cases import ROOT, SOLVED
 
 each = pytest.mark.parametrize("path", SOLVED, ids=lambda path: path.stem)
@@ -31,6 +35,9 @@ TYPOS = [
     "# SOLUTION",
     "",
 ]
+
+
+BADGE = re.compile(r"\(https://colab\.research\.google\.com/github/([^/)]+/[^/)]+)/blob/([^/)]+)/([^)]+)\)")
 
 
 def total(path: Path) -> int:
@@ -71,7 +78,7 @@ def test_the_untouched_notebook_runs_whole_and_says_what_is_missing(
     LAST.clear()
     names: dict[str, Any] = {}
     for cell in nbformat.reads(build(path, fold=False), 4).cells:
-        if cell.cell_type == "code":
+        if cell.cell_type == "code" and cell.id != "colab":
             exec(cell.source, names)
     text = capsys.readouterr().out
     assert text.endswith(f"\n0 of {total(path)} points\n")
@@ -91,7 +98,7 @@ def test_a_folded_solution_pasted_over_its_stub_passes(path: Path) -> None:
     names: dict[str, Any] = {}
     for cell in cells:
         fold = folded.get(f"{cell.id}-solution")
-        if cell.cell_type == "code":
+        if cell.cell_type == "code" and cell.id != "colab":
             exec(fold[1] if fold else cell.source, names)
     assert all(assess(name, Answer(names[name])) for name in load(path.name[:2]))
 
@@ -107,10 +114,33 @@ def test_every_student_notebook_has_a_source() -> None:
     assert [path.name for path in sorted((ROOT / "notebooks/exercises").glob("*"))] == [path.name for path in SOLVED]
 
 
+def test_every_badge_leads_to_a_notebook_of_this_repository() -> None:
+    places = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("notebooks/**/*.ipynb")]
+    badges = [match for place in places for match in BADGE.findall(place.read_text("utf-8"))]
+    assert {path for _, _, path in badges} == {f"notebooks/exercises/{path.name}" for path in SOLVED}
+    assert {(repository, tag) for repository, tag, _ in badges} == {(REPOSITORY, f"v{__version__}")}
+    assert all((ROOT / path).is_file() for _, _, path in badges)
+
+
+@pytest.mark.parametrize(("modules", "commands"), [([], []), (["google.colab"], [DOOR.split("%pip ")[1]])])
+def test_the_first_cell_installs_on_colab_only(
+    monkeypatch: pytest.MonkeyPatch, modules: list[str], commands: list[str]
+) -> None:
+    shell, ran = InteractiveShell(), []
+    shell.register_magic_function(ran.append, magic_name="pip")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)  # as on a machine without curvlib
+    for name in modules:
+        monkeypatch.setitem(sys.modules, name, sys)
+    shell.run_cell(DOOR).raise_error()
+    assert ran == commands
+    assert all("--no-deps" in command for command in ran)
+
+
 @each
 def test_ids_are_kept_and_unique(path: Path) -> None:
     ids = [cell.id for cell in nbformat.read(path, 4).cells]
-    assert [cell.id for cell in nbformat.reads(build(path, fold=False), 4).cells] == ids
+    released = [cell.id for cell in nbformat.reads(build(path, fold=False), 4).cells]
+    assert released == [ids[0], "colab", *ids[1:]]
     assert len(set(ids)) == len(ids)
 
 
@@ -136,6 +166,9 @@ def test_headings_tell_the_points_the_minutes_and_the_difficulty(path: Path) -> 
     points = re.search(r"\*Points:\* (\d+), and (\d+) more", notebook.cells[0].source)
     assert points
     assert (int(points[1]), int(points[2])) == (total(path), 8)
+    assert f"lesson {path.name[:2]}" in notebook.cells[0].source
+    lessons = [lesson.name for lesson in (ROOT / "notebooks").glob(f"{path.name[:2]}_*.ipynb")]
+    assert lessons in ([path.name], [])  # the lesson of this number has this name, if it is there
 
 
 def misspell(notebook: NotebookNode, typo: str, marker: str) -> None:
