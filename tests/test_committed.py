@@ -10,12 +10,19 @@ from typing import Any
 import pytest
 
 from curvlib import report
-from curvlib.report import ROOT, Claim, load_record, load_study
+from curvlib.evaluate.behaviour import summarise
+from curvlib.evaluate.scorecard import Scorecard
+from curvlib.influence import recipe, retraining, validate
+from curvlib.report import ROOT, Claim, load_study
+from curvlib.rows import append
 from curvlib.stages import TASKS
+from curvlib.tiers import Tier
+from tests.influence.test_recipe import tiny as influence_tier  # noqa: F401  a fixture
+from tests.landscape.tiny import tiny as landscape_tier  # noqa: F401  a fixture
 from tests.notebook_cases import executed
 
 Row = dict[str, Any]
-Recompute = Callable[..., tuple[Claim, ...]]
+Recompute = Callable[..., dict[str, Any]]
 
 
 def changed(row: Row) -> Row:
@@ -34,16 +41,15 @@ STUDIES = {path.stem: load_study(path.stem) for path in sorted((ROOT / "data" / 
 
 @pytest.fixture
 def recomputed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recompute:
-    """Run a study's notebook on rows in a folder of its own, without its measuring, and return its claims."""
+    """Run a study's notebook on rows in a folder of its own, without its measuring, and return what its cells leave."""
     folder = tmp_path / "data" / "studies"
     folder.mkdir(parents=True)
     monkeypatch.setattr(report, "ROOT", tmp_path)
 
-    def run(name: str, *measured: Row) -> tuple[Claim, ...]:
+    def run(name: str, *measured: Row) -> dict[str, Any]:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in measured), "utf-8")
         (source,) = (ROOT / "notebooks" / "studies").glob(f"S*_{name}.ipynb")
-        executed(source)
-        return load_record(folder / f"{name}.json").claims
+        return executed(source)
 
     return run
 
@@ -52,12 +58,67 @@ def recomputed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recompute:
 def test_the_notebook_claims_what_is_committed_and_a_changed_row_changes_it(name: str, recomputed: Recompute) -> None:
     study = STUDIES[name]
     assert study.claims
-    claims = recomputed(name, *study.rows)
+    claims = claimed(recomputed(name, *study.rows))
     assert [(claim.id, claim.n, claim.holds) for claim in claims] == [(c.id, c.n, c.holds) for c in study.claims]
     for claim, kept in zip(claims, study.claims, strict=True):
         numbers, expected = ([c.value, c.low, c.high, c.control] for c in (claim, kept))
         assert numbers == pytest.approx(expected, rel=1e-9)
-    assert recomputed(name, *map(changed, study.rows)) != claims
+    assert claimed(recomputed(name, *map(changed, study.rows))) != claims
+
+
+def claimed(names: dict[str, Any]) -> list[Claim]:
+    return list(names["results"].claims.values())
+
+
+@pytest.mark.parametrize("method", ["lora4", "full"])
+def test_a_fine_tunes_windows_and_curvature_fill_the_columns_of_the_committed_rows(
+    method: str,
+    recomputed: Recompute,
+    landscape_tier: Tier,  # noqa: F811
+) -> None:
+    committed = [
+        row for row in STUDIES["landscape"].rows if (row["method"], row["poison"], row["seed"]) == (method, 0.1, 0)
+    ]
+    names = recomputed("landscape", *STUDIES["landscape"].rows)
+    names["size"] = landscape_tier
+    for row in committed:
+        case = {name: row[name] for name in ("method", "poison", "seed", "loss")}
+        found = {**case, **names["measure"](**case)}
+        assert found.keys() == row.keys()
+        assert found["pearson_low"] <= found["pearson_value"] <= found["pearson_high"]
+        if "overlap" in found:
+            assert 0 <= found["overlap"] <= 1
+            assert found["top_before"] > 0
+        if "step_share" in found:
+            assert 0 < found["step_share"] <= 1.001
+
+
+def test_every_part_of_influence_fills_the_columns_of_the_committed_rows(
+    recomputed: Recompute,
+    influence_tier: Tier,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows = STUDIES["influence"].rows
+    names = recomputed("influence", *rows)
+    card = Scorecard(summarise(["complies"] * 4, ["x"] * 4), summarise(["refuses"] * 2, ["x"] * 2), None, 0.0)
+    names |= {"size": influence_tier, "chosen": validate.subsets(12, 4), "path": tmp_path / "rows.jsonl"}
+    names["stage_scorecard"] = lambda *_, **__: card
+    monkeypatch.setattr(retraining, "scorecard", lambda *_, **__: card)
+    monkeypatch.setattr(recipe, "prompt_excerpts", lambda _, examples: ["some words"] * len(examples))
+    cases: list[Row] = [{"part": "convex", "seed": 0}]
+    cases += [{"part": "subsets", "subset": number} for number in range(4)]
+    cases += [{"part": "datamodeling", "label": label} for label in ("fisher", "cg", "dot product, half way")]
+    removed = (("nothing", 0.1), ("fisher", 0.1), ("cosine", 0.1), ("random", 0.0))
+    cases += [{"part": "removal", "removed": name, "poison": poison, "seed": 0} for name, poison in removed]
+    for case in cases:
+        part, *rest = case
+        committed = next(row for row in rows if row == {**row, **case})
+        measure = names["retrain" if case[part] == "subsets" else case[part]]
+        found = {**case, **measure(**{name: case[name] for name in rest})}
+        append(names["path"], found)
+        assert found.keys() == committed.keys()
+        assert case[part] != "convex" or found == pytest.approx(committed)
 
 
 def test_rows_say_which_task_was_fine_tuned() -> None:
