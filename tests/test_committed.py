@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import pytest
 
 from curvlib import report
@@ -37,6 +38,7 @@ def changed(row: Row) -> Row:
 
 
 STUDIES = {path.stem: load_study(path.stem) for path in sorted((ROOT / "data" / "studies").glob("*.json"))}
+DIFFUSION = STUDIES.pop("diffusion")  # its notebook trains models before its claims, which are a function
 
 
 @pytest.fixture
@@ -131,3 +133,23 @@ def test_an_absent_study_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(report, "ROOT", tmp_path)
     with pytest.raises(report.CurvlibError, match=r"tea\.json is not there: make study NAME=tea measures it"):
         load_study("tea")
+
+
+def claims_of_diffusion(measured: Sequence[Mapping[str, Any]]) -> tuple[Claim, ...]:
+    """What the cells tagged ``claims`` of the diffusion study's notebook make of rows; they measure nothing."""
+    (path,) = (ROOT / "notebooks" / "studies").glob("S*_diffusion.ipynb")
+    names: dict[str, Any] = {}
+    for cell in nbformat.read(path, 4).cells:
+        if "claims" in cell.metadata.get("tags", []):
+            exec(cell.source, names)
+    return tuple(names["claims"](measured))
+
+
+def test_the_diffusion_study_claims_what_is_committed_and_a_changed_row_changes_it() -> None:
+    measured = [dict(row) for row in DIFFUSION.rows]
+    for claim, kept in zip(claims_of_diffusion(measured), DIFFUSION.claims, strict=True):
+        assert (claim.id, claim.n, claim.holds) == (kept.id, kept.n, kept.holds)
+        numbers, expected = ([c.value, c.low, c.high, c.control] for c in (claim, kept))
+        assert numbers == pytest.approx(expected, rel=1e-9)
+    next(row for row in measured if row.get("method") == "forgotten")["sixteen_100"] = 0.0
+    assert claims_of_diffusion(measured) != DIFFUSION.claims
