@@ -15,7 +15,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 from torch import Tensor
 
@@ -190,28 +189,6 @@ def task_valley(curvature: Tensor, slope: Tensor, steps: Mapping[str, Tensor], a
     axes.set(xlabel="parameter 1", ylabel="parameter 2")
     axes.set_title(f"Two steps that each cost {allowance:g} of task loss", pad=40)
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), fontsize=10, borderpad=0.2)
-    return drawn
-
-
-def restoration_paths(histories: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """Draw each restoration's objective, and the largest rise of a protected loss, after each accepted step.
-
-    Args:
-        histories: name -> :func:`curvlib.restore.recipe.history`.
-    """
-    drawn, (left, right) = figure(2, width=9.6)
-    for (name, history), colour, marker in zip(histories.items(), CYCLE, MARKERS, strict=False):
-        steps = history["steps"]
-        gains = [step["safety"] - steps[0]["safety"] for step in steps]
-        rises = [max(step["protected"][key] - start for key, start in steps[0]["protected"].items()) for step in steps]
-        left.plot(gains, c=colour, marker=marker, label=name)
-        right.plot(rises, c=colour, marker=marker, label=name)
-    left.set(xlabel="accepted steps", ylabel="change (nats per token)", title="Held-out objective")
-    right.set(xlabel="accepted steps", ylabel="change (nats per token)", title="Worst held-out protected loss")
-    for axes in (left, right):
-        axes.axhline(0, color="#999999", lw=0.8)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    left.legend()
     return drawn
 
 
