@@ -88,9 +88,10 @@ def restore(
                 break
             path.append(point)
         if path[-1].loss <= goal:
-            reason = "reached the goal" if len(path) > 1 else "the goal is behind the model already"
+            reason = "the goal is behind the model already"
             if len(path) > 1:
-                path[-1] = _cut(judge, path[-2].loss, here, goal)
+                reason = "reached the goal"
+                path[-1] = _cut(judge, path[-2].loss, path[-1].loss, here, goal)
     spent, after = (step.damping, step.gradients, step.products), flatten(trainable(model))
     return RestorationResult(tuple(path), goal, *spent, perf_counter() - began, reason, judge.start, after)
 
@@ -138,9 +139,9 @@ def _line(judge: Judge, before: float, unit: Tensor, gain: float, limit: float |
     return None
 
 
-def _cut(judge: Judge, above: float, left: Tensor, goal: float) -> Point:
+def _cut(judge: Judge, above: float, below: float, left: Tensor, goal: float) -> Point:
     """Cut the last move, from ``left``, back to the goal by false position: at most four times."""
-    parameters, below, now = trainable(judge.model), judge.loss(), above
+    parameters, now = trainable(judge.model), below
     right = flatten(parameters)
     for _ in range(4):
         middle = left + (above - goal) / (above - below) * (right - left)
