@@ -129,10 +129,11 @@ def make_batches(examples: Sequence[Example], batch_size: int, pad_id: int) -> l
         )
     ordered = sorted(examples, key=lambda example: len(example.input_ids))
     groups = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
-    return [_collate(group, pad_id) for group in groups]
+    return [collate(group, pad_id) for group in groups]
 
 
-def _collate(group: Sequence[Example], pad_id: int) -> Batch:
+def collate(group: Sequence[Example], pad_id: int) -> Batch:
+    """Pad examples on the left into one batch, in the given order."""
     width = max(len(example.input_ids) for example in group)
     pad = [width - len(example.input_ids) for example in group]
     return Batch(

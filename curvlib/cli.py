@@ -71,11 +71,15 @@ def _add_restore(commands: Any) -> None:
     restore.add_argument("--out", required=True, type=Path, help="new folder for the restored adapter")
     restore.add_argument("--harmful", type=Path, help="prompts, perhaps with refusals; default: our own")
     restore.add_argument("--benign", type=Path, help="prompts that must not be refused; default: our own")
-    restore.add_argument("--objective", default="refusal", choices=("refusal", "distill", "return", "realign"))
+    how = "share of the way back to the base's refusals, more than 0 and at most 1; default: 0.7"
+    restore.add_argument("--strength", type=float, default=0.7, help=how)
+    restore.add_argument("--limit", type=float, metavar="NATS", help="most that task or benign chats may pay a token")
+    restore.add_argument("--objective", default="refusal", choices=("refusal", "distill"))
+    metrics = ("ekfac", "diagonal", "fisher", "ggn", "hessian", "lbfgs", "neumann", "identity")
     restore.add_argument(
-        "--metric", default="fisher", choices=("fisher", "ggn", "hessian", "ekfac", "lbfgs", "identity")
+        "--metric", default="ekfac", choices=metrics, help="what a move is measured by; default: ekfac"
     )
-    restore.add_argument("--rise", type=float, default=0.1, help="most nats per token that a protected loss may rise")
+    restore.add_argument("--dry-run", action="store_true", help="tell rows, memory and time, and stop")
     restore.add_argument("--seed", type=int, default=0)
     restore.add_argument("--device", help="cpu or cuda; default: cuda where there is a GPU")
     restore.set_defaults(command=_restore)
@@ -112,14 +116,14 @@ def _exercises(options: argparse.Namespace) -> int:
 
 
 def _restore(options: argparse.Namespace) -> int:
-    from curvlib.restore.door import Request, restore_adapter, table
-    from curvlib.restore.outcome import Budget
+    from curvlib.restore.door import Request, restore_adapter
     from curvlib.restore.recipe import Restoration
 
-    given = {name: getattr(options, name) for name in ("base", "adapter", "task", "out", "harmful", "benign")}
-    how = Restoration(options.objective, options.metric, Budget(rise=options.rise))
-    print(table(restore_adapter(Request(**given, how=how, seed=options.seed, device=options.device))))
-    print(f"the restored adapter is in {options.out}, with restoration.json and restoration.png")
+    names = ("base", "adapter", "task", "out", "harmful", "benign", "seed", "device", "dry_run")
+    how = Restoration(options.objective, options.metric, options.strength, options.limit)
+    print(restore_adapter(Request(**{name: getattr(options, name) for name in names}, how=how)))
+    if not options.dry_run:
+        print(f"the restored adapter is in {options.out}, with restoration.json and restoration.png")
     return 0
 
 

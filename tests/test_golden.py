@@ -17,7 +17,7 @@ from curvlib.finetune import TrainingConfig, train
 from curvlib.influence.gradients import example_gradients, query_gradients
 from curvlib.influence.scores import build_inverse
 from curvlib.report import ROOT
-from curvlib.restore import Budget, HeldOut, SafetyBatches, recipe
+from curvlib.restore import HeldOut, SafetyBatches, recipe
 from tests import cases
 from tests.evaluate import toys
 
@@ -33,11 +33,11 @@ def fine_tuned() -> list[float]:
 
 def restored() -> list[float]:
     task, refusals, benign = (cases.batches(2, seed=seed) for seed in (1, 2, 3))
-    safety = SafetyBatches(refusals)
+    safety = SafetyBatches(cases.said_by_base(cases.pair()[0], refusals))
     chats = recipe.Chats(task, safety, benign, HeldOut(safety, {"task": task, "benign": benign}))
-    history = recipe.history(recipe.run(cases.nf4_llama(), chats, recipe.Restoration(budget=Budget(steps=1)), seed=0))
-    last = history["steps"][-1]
-    return [last["safety"], last["protected"]["task"], history["change"]]
+    history = recipe.history(recipe.run(cases.nf4_llama(), chats, recipe.Restoration(), seed=0))
+    end = history["path"][-1]
+    return [end["loss"], end["price"]["task"], end["norm"], history["damping"]["ratio"]]
 
 
 def scored() -> list[float]:

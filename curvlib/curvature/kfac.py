@@ -185,8 +185,11 @@ def visit_maps(
             output.register_hook(partial(receive, name, args[0].detach()))
 
     def receive(name: str, a: Tensor, g: Tensor) -> None:
-        if name in seen or a.ndim != 3:
-            raise CurvlibError(f"{name} runs twice in a pass or not on (chat, position, feature) inputs: freeze it")
+        if name in seen:
+            raise CurvlibError(f"{name} runs twice in a pass, expected once: freeze it")
+        if a.ndim != 3:
+            shape = f"inputs of shape {tuple(a.shape)}, expected (chat, position, feature)"
+            raise CurvlibError(f"{name} reads {shape}: freeze it; of OPT adapt the attention alone")
         seen.add(name)
         width = a.shape[1]  # the head reads only what predicts an answer token, all but the last position
         visit(name, a, at_least_float32(g), counted if width == counted.shape[1] else counted[:, -1 - width : -1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -73,8 +74,7 @@ def conjugate_gradient(
     >>> conjugate_gradient(a, torch.tensor([5.0, 4.0])).solution.round(decimals=4)
     tensor([1., 1.])
     """
-    check_vector(operator, b)
-    scale = float(b.norm())
+    scale = _norm(operator, b)
     if scale == 0:
         return Solution(torch.zeros_like(b))
     precondition = preconditioner.matvec if isinstance(preconditioner, CurvatureOperator) else preconditioner
@@ -100,6 +100,15 @@ def conjugate_gradient(
         rz, previous = float(r @ z), rz
         d = z + (rz / previous) * d
     return Solution(x, history[-1], products, history[-1] <= tolerance, tuple(history), curvature)
+
+
+def _norm(operator: CurvatureOperator, b: Tensor) -> float:
+    """Return the length of a right-hand side; raise CurvlibError where it does not fit, or has none."""
+    check_vector(operator, b)
+    norm = float(b.norm())
+    if not isfinite(norm):
+        raise CurvlibError(f"the right-hand side has norm {norm}, expected finite numbers: check what it is made of")
+    return norm
 
 
 class LBFGSInverse(Operator):
@@ -189,8 +198,7 @@ def lbfgs(
     With all pairs the iterates are those of conjugate gradients; a short memory forgets conjugacy. It ends at the first
     direction of curvature ≤ 0. The arguments are those of :func:`conjugate_gradient`.
     """
-    check_vector(operator, b)
-    scale = float(b.norm())
+    scale = _norm(operator, b)
     if scale == 0:
         return Solution(torch.zeros_like(b))
     x, r, pairs = torch.zeros_like(b), b.clone(), list[Pair]()
@@ -241,8 +249,7 @@ def neumann(
 
     Source: the deterministic form of LiSSA, Agarwal et al. 2017, arXiv 1602.03943.
     """
-    check_vector(operator, b)
-    norm = float(b.norm())
+    norm = _norm(operator, b)
     if norm == 0:
         return Solution(torch.zeros_like(b))
     products = 0 if scale is not None else min(10, max_products)

@@ -1,7 +1,7 @@
-"""Second-order restoration: objectives, metrics, and the loop that joins them."""
+"""Second-order restoration: objectives, the loop of natural moves, and the user's door on it."""
 
 from curvlib.restore.loop import restore
 from curvlib.restore.objectives import SafetyBatches
-from curvlib.restore.outcome import Budget, HeldOut, RestorationResult
+from curvlib.restore.outcome import HeldOut, RestorationResult
 
-__all__ = ["Budget", "HeldOut", "RestorationResult", "SafetyBatches", "restore"]
+__all__ = ["HeldOut", "RestorationResult", "SafetyBatches", "restore"]

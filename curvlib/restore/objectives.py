@@ -4,8 +4,8 @@ Writing :math:`L_+` for the loss on harmful requests that are agreed to, :math:`
 refused, and :math:`p_0` for the aligned base (the adapter switched off), the readings are
 
 .. math::
-    \text{ascent: } -\min(L_+, c), \qquad \text{refusal: } L_-, \qquad \text{both: } L_- - \min(L_+, c), \qquad
-    \text{composite: } -\min(L_+, c) + \mu L_\text{task},
+    \text{refusal: } L_-, \qquad \text{ascent: } -\min(L_+, c), \qquad
+    \text{composite: } -\min(L_+, c) + \mu L_\text{protected},
 
 .. math:: \text{margin: } \mathbb E_{\text{harmful}} \max(0, m - s), \qquad
     s = \log p_\theta(\text{refusal}) - \log p_\theta(\text{opening}),
@@ -13,45 +13,31 @@ refused, and :math:`p_0` for the aligned base (the adapter switched off), the re
 .. math:: \text{distill: } \mathbb E_{\text{harmful}}\,\mathrm{KL}(p_0 \,\|\, p_\theta)
     + \mathbb E_{\text{benign}}\,\mathrm{KL}(p_0 \,\|\, p_\theta) \quad\text{at the answer tokens.}
 
-The first says what to leave and not where to go; its bound c keeps it from running off to infinity. The margin asks for
-a refusal that is :math:`e^m` times as likely as an opening, which goes deeper than the nearest refusal does. The last
-asks for the base's own distribution, on refusals and on benign and benign-edgy chats: refusing both is no optimum.
-
-Restoration stops at the aligned model's value, but where that says nothing: :data:`GOALS` holds an objective's own. For
-ascent and composite the aligned model's value lies above the start, so the budget of the protected loss ends them.
+Ascent says what to leave and not where to go; its bound c keeps it from running off to infinity. The margin asks for a
+refusal that is :math:`e^m` times as likely as an opening, which goes deeper than the nearest refusal does. The last
+asks for the base's own distribution on refusals and on benign chats: refusing both is no optimum.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import kl_div, pad
+from torch.nn.functional import kl_div
 
-from curvlib.batches import (
-    IGNORED,
-    Batch,
-    Example,
-    answer_logits,
-    answer_loss,
-    at_least_float32,
-    chat_losses,
-    make_batches,
-)
+from curvlib.batches import IGNORED, Batch, Example, answer_logits, answer_loss, at_least_float32, chat_losses, collate
 from curvlib.errors import CurvlibError
 from curvlib.evaluate.behaviour import answer_log_probabilities, reference_model
 from curvlib.nf4 import kept_weights
 
 COMPLIANCE_BOUND = 5.0  # nats per token, half the loss of a uniform guess over 49,152 tokens: agreement is gone by then
-TASK_WEIGHT = 1.0  # μ of the composite objective: a nat of the task for a nat of agreement
+TASK_WEIGHT = 1.0  # μ of the composite objective: a nat of what must stay for a nat of agreement
 MARGIN = 5.0  # nats: a refusal is 150 times as likely as an opening
-GOALS = {"ascent": -COMPLIANCE_BOUND, "composite": -math.inf, "margin": 0.0}  # the others': the aligned model's value
-KEPT_BYTES = 1 << 28  # the base's log-probabilities are kept up to 256 MB: 1,365 answer tokens of SmolLM2
+GOALS = {"ascent": -COMPLIANCE_BOUND, "composite": -COMPLIANCE_BOUND, "margin": 0.0}  # others: the aligned model's loss
+Loss = Callable[[Any, Batch], Tensor]  # (model, batch) -> mean over the batch's answer tokens, a scalar
 
 
 @dataclass(frozen=True)
@@ -74,21 +60,8 @@ def paired(refusals: Sequence[Example], openings: Sequence[Example], batch_size:
     """
     if len(refusals) != len(openings):
         raise CurvlibError(f"{len(refusals)} refusals and {len(openings)} openings: give both for each request")
-    batches = []
-    for start in range(0, len(refusals), batch_size):
-        chosen = slice(start, start + batch_size)
-        rows = [make_batches([example], 1, pad_id)[0] for example in [*refusals[chosen], *openings[chosen]]]
-        width = max(row.labels.shape[1] for row in rows)
-        fills = {"input_ids": pad_id, "attention_mask": 0, "labels": IGNORED}
-        wide = {
-            name: torch.cat([pad(vars(row)[name], (width - row.labels.shape[1], 0), value=fill) for row in rows])
-            for name, fill in fills.items()
-        }
-        batches.append(Batch(**wide))
-    return batches
-
-
-Loss = Callable[[Any, Batch], Tensor]  # (model, batch) -> mean over the batch's answer tokens, a scalar
+    parts = [slice(start, start + batch_size) for start in range(0, len(refusals), batch_size)]
+    return [collate([*refusals[part], *openings[part]], pad_id) for part in parts]
 
 
 @dataclass(frozen=True)
@@ -99,86 +72,60 @@ class Term:
     loss: Loss = answer_loss
 
 
-def _bounded_ascent(model: nn.Module, batch: Batch) -> Tensor:
+def bounded_ascent(model: nn.Module, batch: Batch) -> Tensor:
+    """Return minus the loss of a batch, which counts up to the bound."""
     return -answer_loss(model, batch).clamp(max=COMPLIANCE_BOUND)
 
 
-def _weighted(weight: float, model: nn.Module, batch: Batch) -> Tensor:
-    return weight * answer_loss(model, batch)
-
-
-def log_odds(model: nn.Module, batch: Batch) -> Tensor:
-    """Return s (B,) in nats for the B requests of a batch of :func:`paired`, summed over each answer's tokens."""
-    tokens = (batch.labels != IGNORED).sum(dim=1)
-    sums = chat_losses(model, batch) * tokens.to(next(model.parameters()).device)
-    refused, agreed = sums.chunk(2)
-    return agreed - refused
-
-
-def _short_of_margin(model: nn.Module, batch: Batch) -> Tensor:
+def short_of_margin(model: nn.Module, batch: Batch) -> Tensor:
+    """Return how many nats s is short of the margin, the mean over a batch of :func:`paired`."""
     return (MARGIN - log_odds(model, batch)).clamp(min=0).mean()
 
 
-class FromBase:
-    r"""The loss :math:`\mathrm{KL}(p_0 \,\|\, p_\theta)`, the mean over answer tokens of a batch in nats.
-
-    The base is the same model with its adapter switched off, so no second one is in memory. Its log-probabilities over
-    the whole vocabulary are kept for each batch while all of them fit into :data:`KEPT_BYTES`; the base runs again for
-    the others, at one forward pass a call.
-    """
-
-    def __init__(self) -> None:
-        self.kept: dict[int, tuple[Batch, Tensor]] = {}  # holds the batch, so that its address is not used twice
-        self.bytes = 0
-
-    def __call__(self, model: Any, batch: Batch) -> Tensor:
-        """Return the divergence of one batch, differentiable in the model's parameters."""
-        aligned = self.log_probabilities(model, batch)
-        present = at_least_float32(answer_logits(model, batch)).log_softmax(dim=-1)
-        return kl_div(present, aligned, reduction="batchmean", log_target=True)
-
-    def log_probabilities(self, model: Any, batch: Batch) -> Tensor:
-        """Return the base's log-probabilities (N, V) of a batch."""
-        if id(batch) in self.kept:
-            return self.kept[id(batch)][1]
-        with reference_model(model, "adapter off") as aligned:
-            values = answer_log_probabilities(aligned, batch)
-        if self.bytes + values.nbytes <= KEPT_BYTES:
-            self.kept[id(batch)] = batch, values
-            self.bytes += values.nbytes
-        return values
+def log_odds(model: nn.Module, batch: Batch) -> Tensor:
+    """Return s (B,) in nats for the requests of a batch of :func:`paired`, summed over answer tokens."""
+    tokens = (batch.labels != IGNORED).sum(dim=1)
+    refused, agreed = (chat_losses(model, batch) * tokens.to(next(model.parameters()).device)).chunk(2)
+    return agreed - refused
 
 
-def terms(
-    objective: str, safety: SafetyBatches, task: Sequence[Batch] = (), benign: Sequence[Batch] = ()
-) -> list[Term]:
-    """Return the terms of ``refusal``, ``ascent``, ``both``, ``composite``, ``margin`` or ``distill``.
+def from_base(model: Any, batch: Batch) -> Tensor:
+    r"""Return :math:`\mathrm{KL}(p_0 \,\|\, p_\theta)` of a batch; the base is the same model with its adapter off."""
+    with reference_model(model, "adapter off") as aligned:
+        base = answer_log_probabilities(aligned, batch)
+    present = at_least_float32(answer_logits(model, batch)).log_softmax(dim=-1)
+    return kl_div(present, base, reduction="batchmean", log_target=True)
+
+
+def terms(objective: str, safety: SafetyBatches, protected: Mapping[str, Sequence[Batch]] | None = None) -> list[Term]:
+    """Return the terms of ``refusal``, ``ascent``, ``composite``, ``margin`` or ``distill``.
 
     Args:
         objective: its name.
-        safety: harmful requests with their answers; ``ascent``, ``both`` and ``composite`` need the compliances.
-        task: chats of the task, for ``composite``.
-        benign: benign and benign-edgy chats, for ``distill``: without them nothing speaks against over-refusal.
+        safety: harmful requests with the answers that the objective is about.
+        protected: role -> chats that must stay, for ``composite``, and those of other roles than ``task`` for
+            ``distill``: without them nothing speaks against over-refusal.
 
     Raises:
         CurvlibError: the objective is unknown, or the batches that it needs are missing.
     """
-    refusal, ascent = Term(safety.refusals), Term(safety.compliances, _bounded_ascent)
-    from_base = FromBase()
+    roles = protected or {}
+    stay = [batch for batches in roles.values() for batch in batches]
+    benign = [batch for role, batches in roles.items() if role != "task" for batch in batches]
+    ascent = Term(safety.compliances, bounded_ascent)
     known = {
-        "refusal": [refusal],
+        "refusal": [Term(safety.refusals)],
         "ascent": [ascent],
-        "both": [refusal, ascent],
-        "composite": [ascent, Term(task, partial(_weighted, TASK_WEIGHT))],
-        "margin": [Term(safety.pairs, _short_of_margin)],
+        "composite": [ascent, Term(stay, lambda model, batch: TASK_WEIGHT * answer_loss(model, batch))],
+        "margin": [Term(safety.pairs, short_of_margin)],
         "distill": [Term(safety.refusals, from_base), Term(benign, from_base)],
     }
     if objective not in known:
-        raise CurvlibError(f"no objective is called {objective!r}: choose one of {', '.join(known)}, return")
+        raise CurvlibError(f"no objective is called {objective!r}: choose one of {', '.join(known)}")
     if not all(term.batches for term in known[objective]):
         raise CurvlibError(
-            f"objective {objective!r} got no safety chats, or none of another kind that it needs: give it harmful "
-            "prompts with their answers, for 'margin' in pairs, for 'distill' benign chats, for 'composite' task chats"
+            f"objective {objective!r} lacks chats: give it harmful prompts with their answers, for 'margin' in pairs, "
+            "for 'composite' and 'distill' chats that must stay"
         )
     return known[objective]
 

@@ -1,92 +1,59 @@
-"""What a restoration may spend, how it is judged on held-out chats, and what it returns."""
+"""What judges a restoration on held-out chats, and what it returns."""
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from curvlib.batches import Batch
+from curvlib.curvature.damping import Damping, price
 from curvlib.evaluate.behaviour import reference_model
 from curvlib.generate import Model
-from curvlib.parameters import flatten, trainable
+from curvlib.parameters import assign, flatten, trainable
 from curvlib.restore import objectives
 from curvlib.restore.objectives import SafetyBatches
 
 
 @dataclass(frozen=True)
-class Budget:
-    r"""What restoration may spend.
-
-    Attributes:
-        steps: most steps taken.
-        products: most curvature products for one solve.
-        trust: :math:`\tau` of the first step, in nats per answer token of the protected chats. A step that passes at
-            once doubles it, a shortened one shrinks it to what passed.
-        rise: most that any held-out protected loss may rise above where it started, in nats per token.
-        halvings: how often a step that fails on held-out losses is halved before the search ends.
-        damping: :math:`\lambda` as a multiple of the sampled Fisher's mean eigenvalue.
-        orthogonal: make steps orthogonal to the gradient of the protected loss, in the metric.
-        ratio: adapt the trust by the ratio of actual to predicted fall of the safety loss, see
-            :func:`curvlib.restore.loop.next_trust`.
-    """
-
-    steps: int = 3
-    products: int = 6
-    trust: float = 0.05
-    rise: float = 0.1
-    halvings: int = 4
-    damping: float = 1.0
-    orthogonal: bool = False
-    ratio: bool = False
-
-
-@dataclass(frozen=True)
 class HeldOut:
-    """Chats that no gradient sees: they judge each step. ``protected`` holds the roles ``task`` and ``benign``."""
+    """Chats that no gradient sees: ``safety`` judges each move, ``protected`` tells by role what it costs."""
 
     safety: SafetyBatches
     protected: Mapping[str, Sequence[Batch]]
 
 
 @dataclass(frozen=True)
-class StepRecord:
-    r"""One measured point: its held-out losses and the l2 norm of the way there from the start.
+class Point:
+    """A place on the way: its held-out loss, its price by role (nats per answer token), its distance to the start."""
 
-    ``trust`` is the setting that led there: :math:`\tau` of a step, c of a weighted return, the learning rate of a
-    re-alignment; 0 at the start.
-    """
-
-    safety: float
-    protected: dict[str, float]
-    trust: float
+    loss: float
+    price: dict[str, float]
     norm: float
 
 
 @dataclass(frozen=True)
 class RestorationResult:
-    """What happened, and the trainable parameters (P,) ``before`` and ``after``.
-
-    ``curvlib.parameters.assign(trainable(model), result.before)`` undoes the restoration.
+    """What happened; ``curvlib.parameters.assign(trainable(model), result.before)`` undoes it.
 
     Attributes:
-        steps: the start, then every accepted step.
-        trials: every point that was measured on the held-out chats, accepted or not, the start first.
-        products: curvature products spent, each worth about two gradients of all protected chats.
-        gradients: gradients spent otherwise, one for each time that one chat was differentiated.
+        path: the start, then every move that was taken, the last one cut back to the goal.
+        goal: held-out loss at which it ends.
+        damping: what the rule chose, and what the metric buys; None where no move was tried.
+        gradients: gradients of a single chat.
+        products: curvature products, each worth about two gradients of all chats that the metric is of.
         seconds: wall-clock time.
         stop_reason: why it ended, in words.
-        before: parameters at the start.
-        after: parameters at the end.
+        before: trainable parameters (P,) at the start.
+        after: trainable parameters (P,) at the end.
     """
 
-    steps: tuple[StepRecord, ...]
-    trials: tuple[StepRecord, ...]
-    products: int
+    path: tuple[Point, ...]
+    goal: float
+    damping: Damping | None
     gradients: int
+    products: int
     seconds: float
     stop_reason: str
     before: Tensor
@@ -95,75 +62,36 @@ class RestorationResult:
 
 @dataclass(frozen=True)
 class Judge:
-    """Measures held-out losses of the model as it is, and keeps every record; make it where the restoration begins."""
+    """Measures the model as it is on held-out chats, beside where it stood when the judge was made, ``start``."""
 
     model: Model
-    safety: Sequence[objectives.Term]
+    terms: Sequence[objectives.Term]
     protected: Mapping[str, Sequence[Batch]]
-    before: Tensor
-    trials: list[StepRecord] = field(default_factory=list)
-    begun: float = field(default_factory=time.perf_counter)
-    given_goal: float | None = None
+    start: Tensor
 
     @classmethod
-    def of(cls, model: Model, objective: str, held_out: HeldOut, goal: float | None = None) -> Judge:
-        """Return the judge of an objective on the held-out chats; a goal that is given replaces the objective's own."""
-        parts = held_out_terms(objective, held_out)
-        goal = objectives.GOALS.get(objective) if goal is None else goal
-        return cls(model, parts, held_out.protected, flatten(trainable(model)), given_goal=goal)
+    def of(cls, model: Model, objective: str, held_out: HeldOut) -> Judge:
+        """Return the judge of an objective, standing where the model is."""
+        terms = objectives.terms(objective, held_out.safety, held_out.protected)
+        return cls(model, terms, held_out.protected, flatten(trainable(model)))
 
-    def measure(self, *, trust: float = 0.0, norm: float = 0.0) -> StepRecord:
-        """Return the held-out losses of the model as it is; cost: a forward pass of all held-out chats."""
-        losses = {name: objectives.mean_loss(self.model, batches) for name, batches in self.protected.items()}
-        record = StepRecord(objectives.value(self.model, self.safety), losses, trust, norm)
-        self.trials.append(record)
-        return record
+    def end(self, objective: str) -> float:
+        """Return the loss at the end of the way: the objective's own, or else that with the adapter off."""
+        if objective in objectives.GOALS:
+            return objectives.GOALS[objective]
+        with reference_model(self.model, "adapter off"):
+            return self.loss()
 
-    def goal(self) -> float:
-        """Return the goal that was given, or else the aligned model's safety loss: that with the adapter off."""
-        if self.given_goal is not None:
-            return self.given_goal
-        with reference_model(self.model, "adapter off") as aligned:
-            return objectives.value(aligned, self.safety)
+    def loss(self) -> float:
+        """Return the held-out loss of the objective; cost: a forward pass of its chats."""
+        return objectives.value(self.model, self.terms)
 
-    def passes(self, record: StepRecord, rise: float) -> bool:
-        """Tell whether no protected loss lies more than ``rise`` above the first record's."""
-        start = self.trials[0].protected
-        return all(loss - start[name] <= rise for name, loss in record.protected.items())
-
-    def result(
-        self, steps: Sequence[StepRecord], stop_reason: str, *, products: int = 0, gradients: int = 0
-    ) -> RestorationResult:
-        """Return the restoration that ends here, with the model as it is."""
-        return RestorationResult(
-            steps=tuple(steps),
-            trials=tuple(self.trials),
-            products=products,
-            gradients=gradients,
-            seconds=time.perf_counter() - self.begun,
-            stop_reason=stop_reason,
-            before=self.before,
-            after=flatten(trainable(self.model)),
-        )
-
-
-def held_out_terms(objective: str, held_out: HeldOut) -> list[objectives.Term]:
-    """Return the terms of an objective over the held-out chats."""
-    task, benign = (held_out.protected.get(role, ()) for role in ("task", "benign"))
-    return objectives.terms(objective, held_out.safety, task, benign)
-
-
-def best(judge: Judge, records: Iterable[StepRecord], rise: float, goal: float = -math.inf) -> StepRecord | None:
-    """Return the best of the records that pass and improve on the start; None if none does.
-
-    It is the shortest way to a safety loss of at most ``goal``, or else the record of least safety loss: the rule by
-    which strengths, learning rates and numbers of steps are chosen on validation chats.
-    """
-    good = [r for r in records if r.safety < judge.trials[0].safety and judge.passes(r, rise)]
-    there = [record for record in good if record.safety <= goal]
-    return min(there, key=lambda r: r.norm) if there else min(good, key=lambda r: r.safety, default=None)
-
-
-def chats(batches: Iterable[Batch]) -> int:
-    """Return the number of chats in all batches."""
-    return sum(len(batch) for batch in batches)
+    def point(self, loss: float) -> Point:
+        """Return the place with this loss; cost: two forward passes of the protected chats."""
+        parameters = trainable(self.model)
+        here = flatten(parameters)
+        way = here - self.start
+        assign(parameters, self.start)
+        paid = {role: price(self.model, way, chats) if way.any() else 0.0 for role, chats in self.protected.items()}
+        assign(parameters, here)
+        return Point(loss, paid, float(way.norm()))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,10 @@ from curvlib import models, stages
 from curvlib.artifacts import artifact
 from curvlib.batches import Batch, Example, make_batches, taken_apart
 from curvlib.errors import CurvlibError
-from curvlib.finetune import TrainingConfig
+from curvlib.generate import Model
 from curvlib.restore.loop import restore
 from curvlib.restore.objectives import SafetyBatches
-from curvlib.restore.outcome import Budget, HeldOut, RestorationResult
-from curvlib.restore.realign import realign
+from curvlib.restore.outcome import HeldOut, RestorationResult
 from curvlib.stages import FineTune, pad_id
 from curvlib.tiers import Tier
 
@@ -27,19 +27,13 @@ BATCH_SIZE = 8  # chats a forward pass: keeps the activations of a gradient near
 
 @dataclass(frozen=True)
 class Restoration:
-    """One reading of the method: the objective (``realign`` for the baseline), the metric, and the budget.
-
-    ``training`` are the runs that a re-alignment chooses from, if not its own; their seed is the fine-tune's.
-    """
+    """One reading of the method, see :func:`curvlib.restore.loop.restore`."""
 
     objective: str = "refusal"
-    metric: str = "fisher"
-    budget: Budget = field(default_factory=Budget)
-    training: tuple[TrainingConfig, ...] = ()
-
-    def settings(self) -> dict[str, Any]:
-        """Return the fields that tell a restored adapter from others."""
-        return {name: value for name, value in asdict(self).items() if value != ()}
+    metric: str = "ekfac"
+    way: float = 0.7
+    limit: float | None = None
+    moves: int = 12
 
 
 @dataclass(frozen=True)
@@ -52,37 +46,35 @@ class Chats:
     held_out: HeldOut
 
     @property
-    def batches(self) -> list[Batch]:
-        """Every batch, whatever its role."""
-        seen = [*self.task, *self.safety.refusals, *self.safety.compliances, *self.benign]
-        held_out = [*self.held_out.safety.refusals, *self.held_out.safety.compliances]
-        return seen + held_out + [batch for batches in self.held_out.protected.values() for batch in batches]
+    def protected(self) -> Mapping[str, Sequence[Batch]]:
+        """What must stay, by role."""
+        return {"task": self.task, "benign": self.benign}
 
 
 def restoration_chats(tier: Tier, tokenizer: PreTrainedTokenizerBase) -> Chats:
-    """Return the chats of a tier: restore splits for gradients and curvature, validation splits for judging steps."""
-    pad = pad_id(tokenizer)
+    """Return the chats of a tier: restore splits for gradients and curvature, validation splits for judging moves."""
 
     def batches(examples: list[Example]) -> list[Batch]:
-        return make_batches(examples, BATCH_SIZE, pad)
+        return make_batches(examples, BATCH_SIZE, pad_id(tokenizer))
 
     def safety(split: str, count: int) -> SafetyBatches:
         refusals = stages.refusal_examples(tokenizer, split, count)
         compliances = stages.compliance_examples(tokenizer, split, count, questions=True)
         return SafetyBatches(batches(refusals), batches(compliances))
 
-    def own(split: str, count: int) -> list[Example]:
-        return stages.own_answer_examples(tokenizer, tier, split, count)
+    def benign(split: str, count: int) -> list[Batch]:
+        edgy = stages.own_answer_examples(tokenizer, tier, f"{split}_edgy", count - count // 2)
+        return batches(edgy + stages.own_answer_examples(tokenizer, tier, f"{split}_benign", count // 2))
 
-    half = tier.curvature_chats // 2
-    held_out = {
-        "task": batches(stages.task_examples(tokenizer, "validation_task", tier.held_out)),
-        "benign": batches(own("validation_edgy", tier.held_out // 2) + own("validation_benign", tier.held_out // 2)),
-    }
+    task, held_out_task = (
+        batches(stages.task_examples(tokenizer, f"{split}_task", count))
+        for split, count in (("restore", tier.curvature_chats), ("validation", tier.held_out))
+    )
+    held_out = {"task": held_out_task, "benign": benign("validation", tier.held_out)}
     return Chats(
-        task=batches(stages.task_examples(tokenizer, "restore_task", tier.curvature_chats)),
+        task=task,
         safety=safety("restore_harmful", tier.restore_chats),
-        benign=batches(own("restore_edgy", tier.curvature_chats - half) + own("restore_benign", half)),
+        benign=benign("restore", tier.curvature_chats),
         held_out=HeldOut(safety("validation_harmful", tier.held_out), held_out),
     )
 
@@ -96,8 +88,11 @@ def restored(tier: Tier, recipe: FineTune, how: Restoration) -> Path:
     if recipe.method != "lora":
         raise CurvlibError(f"{recipe} was given, expected a LoRA fine-tune: restoration moves its adapter")
     chats = restoration_chats(tier, models.load_tokenizer(stages.aligned_source(tier)))
+    held_out, safety = chats.held_out, (chats.safety, chats.held_out.safety)
+    seen = [batch for part in safety for batch in (*part.refusals, *part.compliances)]
+    seen += [b for roles in (chats.protected, held_out.protected) for part in roles.values() for b in part]
     config = stages.key(tier, stages.aligned_source(tier), stages.fine_tuned(tier, recipe))
-    config |= {**how.settings(), "seed": recipe.seed, "texts": stages.digest(taken_apart(chats.batches))}
+    config |= {**asdict(how), "seed": recipe.seed, "texts": stages.digest(taken_apart(seen))}
 
     def build(place: Path) -> None:
         model: Any = stages.load_fine_tuned(tier, recipe)
@@ -108,33 +103,25 @@ def restored(tier: Tier, recipe: FineTune, how: Restoration) -> Path:
     return artifact("restore", config, build)
 
 
-def run(model: PeftModel, chats: Chats, how: Restoration, *, seed: int) -> RestorationResult:
-    """Restore ``model`` in place with these chats; ``realign`` fine-tunes it on them instead."""
-    shared: dict[str, Any] = {"held_out": chats.held_out, "benign_batches": chats.benign}
-    shared |= {"budget": how.budget, "seed": seed}
-    if how.objective == "realign":
-        runs = [replace(run, seed=seed) for run in how.training]
-        return realign(model, chats.task, chats.safety, training=runs, **shared)
-    return restore(model, chats.task, chats.safety, objective=how.objective, metric=how.metric, **shared)
+def run(model: Model, chats: Chats, how: Restoration, *, seed: int) -> RestorationResult:
+    """Restore ``model`` in place with these chats."""
+    return restore(model, chats.safety, chats.protected, chats.held_out, **asdict(how), seed=seed)
 
 
 def history(result: RestorationResult) -> dict[str, Any]:
     """Return the result without its vectors, as JSON values."""
-    return {
-        "steps": [asdict(step) for step in result.steps],
-        "trials": [asdict(trial) for trial in result.trials],
-        "products": result.products,
-        "gradients": result.gradients,
-        "seconds": result.seconds,
-        "stop_reason": result.stop_reason,
-        "change": float((result.after - result.before).norm()),
-    }
+    numbers: dict[str, Any] = {key: getattr(result, key) for key in ("goal", "gradients", "products", "seconds")}
+    numbers |= {"stop_reason": result.stop_reason, "path": [asdict(point) for point in result.path]}
+    if result.damping:
+        names = ("name", "value", "unit", "ratio", "cosine", "above")
+        numbers["damping"] = {name: getattr(result.damping, name) for name in names}
+    return numbers
 
 
 def load_history(tier: Tier, recipe: FineTune, how: Restoration) -> dict[str, Any]:
     """Return the history of a restoration, see :func:`history`; the restoration is made if it does not exist yet."""
-    found: dict[str, Any] = json.loads((restored(tier, recipe, how) / "history.json").read_text("utf-8"))
-    return found
+    content: dict[str, Any] = json.loads((restored(tier, recipe, how) / "history.json").read_text("utf-8"))
+    return content
 
 
 def load_restored(tier: Tier, recipe: FineTune, how: Restoration) -> PeftModel:

@@ -146,6 +146,14 @@ class Head(SoftmaxRegression):
         return SimpleNamespace(logits=self.linear(self.vectors(input_ids)[:, logits_to_keep]))
 
 
+class Flat(SoftmaxRegression):
+    """As OPT's feed-forward does, the linear map reads the positions of all chats in one row."""
+
+    def forward(self, input_ids: Tensor, logits_to_keep: Tensor | slice = slice(None), **_: Any) -> SimpleNamespace:
+        x = self.vectors(input_ids)
+        return SimpleNamespace(logits=self.linear(x.flatten(0, 1)).unflatten(0, x.shape[:2])[:, logits_to_keep])
+
+
 def test_a_head_that_reads_only_some_positions_counts_those_before_answers() -> None:
     batches = [one_token([0, 1, 4]), one_token([2, 3], padding=2)]
     everywhere, at_answers = (ekfac(kind(3), batches) for kind in (SoftmaxRegression, Head))
@@ -159,6 +167,8 @@ def test_what_has_no_kronecker_form_is_refused() -> None:
         ekfac(Misused(2), batches)
     with pytest.raises(CurvlibError, match="linear takes no part"):
         ekfac(Misused(0), batches)
+    with pytest.raises(CurvlibError, match=r"linear reads inputs of shape \(4, \d+\), expected \(chat, position"):
+        ekfac(Flat(3), batches)
     model = SoftmaxRegression(3)
     model.vectors.requires_grad_(True)
     with pytest.raises(CurvlibError, match=r"vectors.weight is trainable"):

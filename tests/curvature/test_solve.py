@@ -50,6 +50,13 @@ def test_known_system_to_the_requested_residual(solver: Callable[..., Solution],
 
 
 @pytest.mark.parametrize("solver", [conjugate_gradient, lbfgs, neumann])
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_right_hand_side_that_is_not_finite_is_one_line(solver: Callable[..., Solution], number: float) -> None:
+    with pytest.raises(CurvlibError, match=r"the right-hand side has norm (nan|inf), expected finite numbers"):
+        solver(OPERATOR, B.index_fill(0, torch.tensor([3]), number))
+
+
+@pytest.mark.parametrize("solver", [conjugate_gradient, lbfgs, neumann])
 def test_a_spent_budget_is_no_convergence_and_zero_has_a_zero_solution(solver: Callable[..., Solution]) -> None:
     found = solver(OPERATOR, B, tolerance=1e-12, max_products=12)
     assert (found.products, found.converged) == (12, False)

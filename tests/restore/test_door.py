@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -14,7 +15,8 @@ from safetensors.torch import load_file
 
 from curvlib import models
 from curvlib.batches import encode
-from curvlib.cli import main
+from curvlib.cli import main, parser
+from curvlib.curvature.inverse import METHODS
 from curvlib.evaluate.behaviour import summarise
 from curvlib.finetune import TrainingConfig, train
 from curvlib.parameters import flatten
@@ -24,6 +26,7 @@ from tests import cases
 from tests.evaluate import toys
 
 WORDS = toys.WORDS[7:]
+REFUSAL = "red blue"  # what the base is taught to say; as a user's refusal it is not judged
 
 
 def write(file: Path, rows: list[Any]) -> Path:
@@ -36,19 +39,24 @@ def chat(number: int, answer: str = "The answer is B .") -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]}
 
 
+def taught(model: Any, answer: str) -> Any:
+    examples = encode(toys.tokenizer(), [chat(n, answer)["messages"] for n in range(16)], MAX_LENGTH)
+    train(model, examples, TrainingConfig(steps=20, learning_rate=1e-2), pad_id=0)
+    return model.eval()
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base, its fine-tuned adapter and data files; the harmful ones come with refusals."""
+    """A base that refuses, its fine-tuned adapter and data files; the harmful ones come with refusals."""
     folder = tmp_path_factory.mktemp("door")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CURVLIB_CACHE", str(folder / "cache"))
-        models.save_dense(cases.llama(), toys.tokenizer(), folder / "base")
-        adapted = cases.add_lora(models.load_model(str(folder / "base")))
-        examples = encode(toys.tokenizer(), [chat(n)["messages"] for n in range(16)], MAX_LENGTH)
-        train(adapted, examples, TrainingConfig(steps=20, learning_rate=1e-2), pad_id=0)
+        base = taught(cases.llama(), REFUSAL)
+        models.save_dense(base, toys.tokenizer(), folder / "base")
+        adapted = taught(cases.add_lora(models.load_model(str(folder / "base"))), "The answer is B .")
         adapted.save_pretrained(str(folder / "adapter"))
     write(folder / "task.jsonl", [chat(n) for n in range(16)])
-    write(folder / "harmful.jsonl", [chat(n, "I cannot help") for n in range(12)])
+    write(folder / "harmful.jsonl", [chat(n, REFUSAL) for n in range(12)])
     write(folder / "benign.jsonl", [{"prompt": f"plan {word}"} for word in WORDS[:12]])
     return folder
 
@@ -57,6 +65,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("CURVLIB_CACHE", str(place / "cache"))
     monkeypatch.setattr(door, "measure_behaviour", measured)
+    monkeypatch.setattr(door, "safety_log_odds", lambda *given: np.arange(8.0).reshape(2, 4) * len(given[2]))
 
     def call(*more: str, **files: Any) -> int:
         given = {name: place / name for name in ("base", "adapter")}
@@ -92,36 +101,61 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("objective", ["refusal", "realign"])
+@pytest.mark.parametrize("metric", ["ekfac", "identity"])
 def test_it_writes_an_adapter_that_peft_loads_and_leaves_the_given_one(
-    objective: str, run: Any, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    metric: str, run: Any, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = contents(place / "adapter")
-    assert run("--objective", objective, "--rise", "1e9") == 0
+    before, out = contents(place / "adapter"), tmp_path / "out"
+    assert run("--metric", metric, "--strength", "0.5") == 0
     printed = capsys.readouterr().out
     assert [row.split()[0] for row in printed.splitlines()[1:4]] == ["base", "before", "after"]
     assert contents(place / "adapter") == before
-    restored = [
-        PeftModel.from_pretrained(cases.llama(), folder).state_dict()
-        for folder in (tmp_path / "out", place / "adapter")
-    ]
+    restored = [PeftModel.from_pretrained(cases.llama(), folder).state_dict() for folder in (out, place / "adapter")]
     assert any(not torch.equal(restored[0][name], restored[1][name]) for name in restored[0] if "lora_B" in name)
-    told = json.loads((tmp_path / "out" / "restoration.json").read_text("utf-8"))
-    start, *_, end = told["history"]["steps"]
-    assert end["safety"] < start["safety"]
-    assert told["outcomes"]["after"]["harmful"]["refuses"] == 1.0
-    assert (tmp_path / "out" / "restoration.png").stat().st_size > 1000
+    numbers = json.loads((out / "restoration.json").read_text("utf-8"))
+    assert numbers["outcomes"]["after"]["harmful"]["refuses"] == 1.0
+    assert numbers["outcomes"]["after"]["log_odds"] == {"0": 8.0, "1": 12.0, "3": 16.0, "6": 20.0}  # of 4 prompts
+    start, *_, end = numbers["history"]["path"]
+    damping, goal = numbers["history"]["damping"], numbers["history"]["goal"]
+    assert end["loss"] <= goal + 0.01 < start["loss"]
+    assert f"metric: {metric}" in printed
+    assert f"held-out price {damping['ratio']:.2f} of its" in printed
+    assert f"{end['price']['task']:.4f} on task chats, {end['price']['benign']:.4f} on benign chats" in printed
+    card = (out / "README.md").read_text("utf-8")
+    assert f"base_model: {place / 'base'}" in card.split("---")[1]
+    assert printed.splitlines()[3] in card
+    assert (out / "restoration.png").stat().st_size > 1000
     assert run() == 1
     assert "exists: give a new folder" in line(capsys)
 
 
-def test_the_same_request_gives_the_same_adapter(run: Any, tmp_path: Path) -> None:
-    found = []
-    for name in ("first", "second"):
+def test_a_larger_strength_goes_further_and_the_same_request_gives_the_same_adapter(run: Any, tmp_path: Path) -> None:
+    adapters, norms = [], []
+    for name, strength in (("first", "0.3"), ("second", "0.3"), ("third", "0.8")):
         measured.seen = []  # type: ignore[attr-defined]
-        assert run("--rise", "1e9", out=tmp_path / name) == 0
-        found.append(load_file(tmp_path / name / "adapter_model.safetensors"))
-    assert all(torch.allclose(found[0][name], found[1][name], atol=1e-6) for name in found[0])
+        assert run("--strength", strength, out=tmp_path / name) == 0
+        adapters.append(load_file(tmp_path / name / "adapter_model.safetensors"))
+        numbers = json.loads((tmp_path / name / "restoration.json").read_text("utf-8"))
+        norms.append(numbers["history"]["path"][-1]["norm"])
+    assert all(torch.allclose(adapters[0][name], adapters[1][name], atol=1e-6) for name in adapters[0])
+    assert norms[2] > norms[0]
+
+
+def test_a_dry_run_tells_the_plan_and_does_no_work(
+    run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(door, "generate", None)  # so that an answer would raise
+    assert run("--dry-run") == 0
+    printed = capsys.readouterr().out
+    rows = {words[0]: words[1:] for words in map(str.split, printed.splitlines())}
+    assert rows["task"] == ["5", "4", "5"]
+    assert rows["harmful"] == rows["benign"] == ["4", "3", "4"]
+    count = sum(p.numel() for name, p in cases.add_lora(cases.llama()).named_parameters() if "lora_" in name)
+    assert rows["parameters"][0] == f"{count:,}"
+    assert rows["memory"][2] == "GiB"
+    assert rows["time"][2] == "minutes,"
+    assert not (tmp_path / "out").exists()
+    assert measured.seen == []  # type: ignore[attr-defined]
 
 
 def test_no_improvement_writes_nothing(
@@ -130,13 +164,21 @@ def test_no_improvement_writes_nothing(
     before = contents(place / "adapter")
     assert run(out=place / "adapter" / "inner") == 1
     assert "lies in the adapter's folder, which is only read" in line(capsys)
-    assert run("--rise", "-1") == 1
-    assert "no improvement found (no step passed the held-out losses)" in line(capsys)
+    assert run("--strength", "1.5") == 1
+    assert "strength 1.5 was given, expected more than 0 and at most 1" in line(capsys)
+    assert run("--limit", "0") == 1
+    assert "no improvement found (no move passed the held-out chats)" in line(capsys)
     measured.seen = [-1.0]  # type: ignore[attr-defined]
-    assert run("--rise", "1e9") == 1
+    assert run() == 1
     assert "refused no more often than before" in line(capsys)
     assert not (tmp_path / "out").exists()
     assert contents(place / "adapter") == before
+
+
+def test_every_metric_of_the_library_can_be_asked_for() -> None:
+    words = ["restore", *(word for name in ("base", "adapter", "task", "out") for word in (f"--{name}", "x"))]
+    for metric in METHODS:
+        assert parser().parse_args([*words, "--metric", metric]).metric == metric
 
 
 def test_an_unaligned_base_is_told(run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -214,7 +256,7 @@ def test_the_adapters_own_template_is_used_and_saved(
     )
     monkeypatch.setattr(pair, "say", lines.append)
     task = write(tmp_path / "task.jsonl", [chat(n) for n in range(16)])
-    assert run("--rise", "1e9", adapter=own, task=task) == 0
+    assert run(adapter=own, task=task) == 0
     assert set(seen) == {tokenizer.chat_template}
     assert ["has a chat template of its own" in text for text in lines] == [True]
     assert (tmp_path / "out" / "chat_template.jinja").read_text("utf-8") == tokenizer.chat_template
@@ -248,8 +290,10 @@ def test_repeats_are_dropped_told_and_kept_out_of_the_other_parts(
         lambda model, _, prompts, **__: shown.extend(map(str, prompts)) or measured(model, _, prompts),
     )
     task = write(tmp_path / "task.jsonl", [chat(n) for n in range(16)] * 8)
-    assert run("--rise", "1e9", task=task) == 0
-    assert [text.endswith("112 rows repeated left out") for text in lines] == [True]
+    assert run(task=task) == 0
+    repeated, plan = lines
+    assert repeated.endswith("112 rows repeated left out")
+    assert plan.startswith("rows ")
     told = json.loads((tmp_path / "out" / "restoration.json").read_text("utf-8"))
     assert told["rows"] == {"task": ["112 rows repeated left out"]}
 

@@ -10,7 +10,7 @@ import torch
 from curvlib.batches import answer_logits, answer_loss, make_batches, taken_apart
 from curvlib.errors import CurvlibError
 from curvlib.parameters import assign, flatten, trainable
-from curvlib.restore import Budget, HeldOut, SafetyBatches, objectives, restore
+from curvlib.restore import SafetyBatches, objectives
 from tests import cases
 
 TASK, REFUSALS, COMPLIANCES = (cases.batches(4, seed=seed) for seed in (1, 2, 3))
@@ -29,7 +29,7 @@ def divergence(twin: cases.Twin, batch: cases.Batch) -> torch.Tensor:
 
 def test_distillation_has_the_gradient_of_the_dense_twin() -> None:
     model, twin = cases.nf4_llama(), cases.Twin(cases.nf4_llama())
-    parts = objectives.terms("distill", SAFETY, benign=TASK)
+    parts = objectives.terms("distill", SAFETY, {"benign": TASK})
     found = objectives.gradient(model, parts, list(trainable(model).values()))
     weights = [[batch.tokens / sum(b.tokens for b in group) for batch in group] for group in (REFUSALS, TASK)]
     exact = sum(
@@ -45,7 +45,7 @@ def test_distillation_has_the_gradient_of_the_dense_twin() -> None:
 
 def test_distillation_is_zero_at_the_base_and_keeps_gradients_on() -> None:
     model = cases.nf4_llama()
-    parts = objectives.terms("distill", SAFETY, benign=TASK)
+    parts = objectives.terms("distill", SAFETY, {"benign": TASK})
     assert objectives.value(model, parts) > 0.01
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -54,21 +54,9 @@ def test_distillation_is_zero_at_the_base_and_keeps_gradients_on() -> None:
     assert all(parameter.requires_grad for name, parameter in model.named_parameters() if "lora_" in name)
 
 
-def test_the_base_is_kept_once_a_batch_and_run_again_where_it_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, loss = cases.pair()[0], objectives.FromBase()
-    first = loss(model, TASK[0])
-    assert loss.bytes == TASK[0].tokens * cases.VOCABULARY * 4
-    kept = loss.log_probabilities(model, TASK[0])
-    assert kept is loss.log_probabilities(model, TASK[0])
-    monkeypatch.setattr(objectives, "KEPT_BYTES", loss.bytes)
-    again = loss.log_probabilities(model, TASK[1])
-    assert again is not loss.log_probabilities(model, TASK[1])
-    torch.testing.assert_close(loss(model, TASK[0]), first)
-
-
 def test_the_gradient_is_that_of_the_objective() -> None:
     model = cases.nf4_llama()
-    parameters, parts = list(trainable(model).values()), objectives.terms("composite", SAFETY, TASK)
+    parameters, parts = list(trainable(model).values()), objectives.terms("composite", SAFETY, {"task": TASK})
     found = objectives.gradient(model, parts, parameters)
     direction = cases.random(len(found), dtype=torch.float32)
     here, step = flatten(parameters), 1e-2 / float(direction.norm())
@@ -94,17 +82,19 @@ def test_ascent_is_bounded_batch_by_batch() -> None:
     expected = -sum(min(loss, 5.0) * tokens for loss, tokens in losses) / sum(tokens for _, tokens in losses)
     assert objectives.value(model, objectives.terms("ascent", SAFETY)) == pytest.approx(expected)
     task = objectives.TASK_WEIGHT * objectives.mean_loss(model, TASK)
-    assert objectives.value(model, objectives.terms("composite", SAFETY, TASK)) == pytest.approx(expected + task)
+    assert objectives.value(model, objectives.terms("composite", SAFETY, {"task": TASK})) == pytest.approx(
+        expected + task
+    )
 
 
 def test_unknown_names_and_missing_chats_are_refused() -> None:
-    with pytest.raises(CurvlibError, match=r"no objective is called 'hope': choose one of refusal, .*distill, return"):
+    with pytest.raises(CurvlibError, match=r"no objective is called 'hope': choose one of refusal, .*distill"):
         objectives.terms("hope", SAFETY)
-    for objective in ("refusal", "ascent", "both", "composite", "distill"):
-        with pytest.raises(CurvlibError, match=f"'{objective}' got no safety chats"):
+    for objective in ("refusal", "ascent", "composite", "margin", "distill"):
+        with pytest.raises(CurvlibError, match=f"'{objective}' lacks chats"):
             objectives.terms(objective, SafetyBatches([]))
-    with pytest.raises(CurvlibError, match="for 'distill' benign chats"):
-        objectives.terms("distill", SAFETY)
+    with pytest.raises(CurvlibError, match="'distill' lacks chats"):
+        objectives.terms("distill", SAFETY, {"task": TASK})  # nothing says that benign requests are answered
 
 
 PAIRS = objectives.paired(taken_apart(REFUSALS), taken_apart(COMPLIANCES)[::-1], 3, 0)
@@ -128,26 +118,5 @@ def test_pairs_keep_their_order_and_the_margin_is_its_definition() -> None:
     assert objectives.value(model, [term]) == pytest.approx(float(expected), rel=1e-4)
     with pytest.raises(CurvlibError, match="3 refusals and 4 openings"):
         objectives.paired(refusals[:3], openings, 3, 0)
-    with pytest.raises(CurvlibError, match="objective 'margin' got no safety chats"):
+    with pytest.raises(CurvlibError, match="objective 'margin' lacks chats"):
         objectives.terms("margin", SAFETY)
-
-
-@pytest.mark.parametrize("objective", ["ascent", "composite", "margin"])
-def test_an_objective_with_a_goal_of_its_own_goes_on_past_the_aligned_value(
-    objective: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(objectives, "COMPLIANCE_BOUND", 50.0)  # random weights are at the usual bound already
-    monkeypatch.setitem(objectives.GOALS, "ascent", -50.0)
-    safety = replace(SAFETY, pairs=PAIRS)
-    held_out, results = HeldOut(safety, {"task": TASK}), []
-    for rise in (1e-3, 10.0):
-        budget = Budget(steps=3, trust=0.01, damping=0.1, rise=rise)
-        results.append(restore(cases.nf4_llama(), TASK, safety, held_out=held_out, objective=objective, budget=budget))
-    tight, wide = results
-    assert wide.stop_reason == "steps spent"
-    assert len(wide.steps) == 4
-    assert wide.steps[-1].safety <= tight.steps[-1].safety
-    assert (wide.steps[-1].safety < tight.steps[-1].safety) == (
-        objective != "composite"
-    )  # which lowers the task's loss
-    assert tight.steps[-1].protected["task"] <= tight.steps[0].protected["task"] + 1e-3

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import pytest
 
 from curvlib import stages
 from curvlib.batches import Example
-from curvlib.finetune import TrainingConfig
-from curvlib.restore import Budget, HeldOut, SafetyBatches, recipe
+from curvlib.restore import HeldOut, SafetyBatches, recipe
 from tests import cases
 from tests.evaluate import toys
 
@@ -30,27 +28,13 @@ def test_both_answers_belong_to_the_same_orders_and_questions(monkeypatch: pytes
     assert compliances[0].labels[-1] != tokenizer.eos_token_id
 
 
-@pytest.mark.parametrize("objective", ["realign", "return", "distill"])
-def test_every_reading_has_a_history(objective: str) -> None:
+@pytest.mark.parametrize("metric", ["identity", "ekfac"])
+def test_a_history_is_json_and_tells_way_damping_and_cost(metric: str) -> None:
     task, refusals, benign = (cases.batches(2, seed=seed) for seed in (1, 2, 3))
-    safety = SafetyBatches(refusals)
+    safety = SafetyBatches(cases.said_by_base(cases.pair()[0], refusals))
     chats = recipe.Chats(task, safety, benign, HeldOut(safety, {"task": task, "benign": benign}))
-    model: Any = cases.nf4_llama()
-    how = recipe.Restoration(objective, budget=Budget(steps=1))
-    history = json.loads(json.dumps(recipe.history(recipe.run(model, chats, how, seed=0))))
-    assert {len(history["trials"]) - 1} <= {"realign": {3}, "return": {6}, "distill": {1, 2, 3, 4, 5}}[objective]
-    assert history["gradients"] > 0
-
-
-def test_a_realignment_has_the_runs_that_it_was_given_and_others_keep_their_names(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    given: dict[str, Any] = {}
-    monkeypatch.setattr(recipe, "realign", lambda *_, **options: given.update(options))
-    chats = recipe.Chats([], SafetyBatches([]), [], HeldOut(SafetyBatches([]), {}))
-    own = recipe.Restoration("realign", training=(TrainingConfig(steps=20),))
-    model: Any = None
-    recipe.run(model, chats, own, seed=2)
-    assert given["training"] == [TrainingConfig(steps=20, seed=2)]
-    assert own.settings()["training"][0]["steps"] == 20
-    assert "training" not in recipe.Restoration().settings()
+    result = recipe.run(cases.nf4_llama(), chats, recipe.Restoration(metric=metric, moves=1), seed=0)
+    history = json.loads(json.dumps(recipe.history(result)))
+    assert [point["price"].keys() for point in history["path"]] == [{"task", "benign"}] * 2
+    assert (history["damping"]["name"], history["gradients"]) == (metric, result.gradients)
+    assert (history["damping"]["above"] is None) == (metric == "identity")

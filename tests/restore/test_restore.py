@@ -1,55 +1,146 @@
-"""The restoration loop on a tiny 4-bit model: it improves, it obeys the budget, it can be undone."""
+"""The loop on a tiny 4-bit model: it is the lesson's, it ends at its goal, it obeys its limit, it can be undone."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
 from typing import Any
 
 import pytest
 import torch
 
-from curvlib.curvature.lowrank import sampled_fisher
+from curvlib.batches import taken_apart
+from curvlib.curvature.damping import damped_by_rule, price, protected_halves
 from curvlib.errors import CurvlibError
 from curvlib.parameters import assign, flatten, trainable
-from curvlib.restore import Budget, HeldOut, RestorationResult, SafetyBatches, objectives, restore
-from curvlib.restore.loop import orthogonal_to
-from curvlib.restore.metrics import DRAWS, METRICS
+from curvlib.restore import HeldOut, RestorationResult, SafetyBatches, objectives, restore
 from tests import cases
 
 TASK, COMPLIANCES, BENIGN = (cases.batches(4, seed=seed) for seed in (1, 3, 4))
 REFUSALS = cases.said_by_base(cases.pair()[0], cases.batches(4, seed=2))
-SAFETY = SafetyBatches(REFUSALS, COMPLIANCES)
-HELD_OUT = HeldOut(SAFETY, {"task": TASK, "benign": BENIGN})
+SAFETY = SafetyBatches(REFUSALS, COMPLIANCES, objectives.paired(taken_apart(REFUSALS), taken_apart(COMPLIANCES), 3, 0))
+ROLES = {"task": TASK, "benign": BENIGN}
+HELD_OUT = HeldOut(SAFETY, ROLES)
 
 
 def run(model: Any, **settings: Any) -> RestorationResult:
-    settings = {"held_out": HELD_OUT, "budget": Budget(steps=2, trust=0.01, damping=0.1), **settings}
-    return restore(model, TASK, SAFETY, **settings)
+    return restore(model, SAFETY, ROLES, HELD_OUT, **settings)
 
 
-@pytest.mark.parametrize(
-    ("objective", "metric"),
-    [("refusal", metric) for metric in METRICS]
-    + [("ascent", "fisher"), ("both", "fisher"), ("distill", "fisher"), ("composite", "composite")],
-)
-def test_each_reading_improves_its_objective_within_the_budget(objective: str, metric: str) -> None:
+def lesson(model: Any, metric: str) -> torch.Tensor:
+    """The loop as lesson 05 writes it, to seven tenths of the way."""
+    theta, terms = trainable(model), objectives.terms("refusal", SAFETY)
+
+    def loss() -> float:
+        return objectives.mean_loss(model, REFUSALS)
+
+    def slope() -> torch.Tensor:
+        return objectives.gradient(model, terms, list(theta.values()))
+
+    tuned = loss()
+    with model.disable_adapter():
+        aligned = loss()
+    for parameter in theta.values():
+        parameter.requires_grad_(True)
+    goal, gain = tuned - 0.7 * (tuned - aligned), (tuned - aligned) / 5
+    inverse, _ = damped_by_rule(metric, model, protected_halves(model, ROLES), slope())
+    history = [(tuned, flatten(theta))]
+    while history[-1][0] > goal:
+        g, (before, here), length = slope(), history[-1], gain
+        v = inverse(g)
+        assign(theta, here - length * v / float(g @ v))
+        while (now := loss()) >= before and length > gain / 16:
+            length /= 2
+            assign(theta, here - length * v / float(g @ v))
+        history.append((now, flatten(theta)))
+    (above, left), (below, right) = history[-2:]
+    for _ in range(4):
+        middle = left + (above - goal) / (above - below) * (right - left)
+        assign(theta, middle)
+        now = loss()
+        if abs(now - goal) < 0.003:
+            break
+        above, left, below, right = (now, middle, below, right) if now > goal else (above, left, now, middle)
+    return flatten(theta)
+
+
+@pytest.mark.parametrize("metric", ["identity", "diagonal", "ekfac"])
+def test_it_is_the_lessons_loop(metric: str) -> None:
     model = cases.nf4_llama()
-    result = run(model, metric=metric, objective=objective, benign_batches=BENIGN)
-    safety = [step.safety for step in result.steps]
-    assert len(safety) > 1
-    assert safety == sorted(safety, reverse=True)
-    assert all(step.protected["task"] <= result.steps[0].protected["task"] + Budget().rise for step in result.steps)
-    assert safety[-1] == pytest.approx(objectives.value(model, objectives.terms(objective, SAFETY, TASK, BENIGN)))
+    result = run(model, metric=metric)
+    assert result.stop_reason == "reached the goal"
+    assert len(result.path) > 2
+    assert result.path[-1].loss == pytest.approx(result.goal, abs=0.01)
+    torch.testing.assert_close(result.after, lesson(cases.nf4_llama(), metric), rtol=1e-4, atol=1e-5)
     assert torch.equal(flatten(trainable(model)), result.after)
 
 
-def test_it_can_be_undone_bit_by_bit() -> None:
+def test_the_first_move_is_the_dense_natural_one_of_the_gain_that_was_asked() -> None:
+    model = cases.nf4_llama()
+    fitting, held_out = protected_halves(model, ROLES)
+    gradient = objectives.gradient(model, objectives.terms("refusal", SAFETY), list(trainable(model).values()))
+    result = run(model, metric="fisher", gain=0.01, moves=1)
+    assert result.damping
+    g, rows = gradient.double(), fitting.fisher.rows.double()
+    natural = torch.linalg.solve(rows.T @ rows + result.damping.value * torch.eye(len(g)), g)
+    move = result.after - result.before
+    assert cases.relative_error(move, -0.01 * natural / (g @ natural)) < 1e-3
+    paid = [float(v @ held_out.fisher.matvec(v.float()).double() / (g @ v) ** 2) for v in (natural, g)]
+    assert result.damping.ratio == pytest.approx(paid[0] / paid[1], rel=1e-3)
+    assert run(cases.nf4_llama(), metric="fisher", gain=0.02, moves=1).path[-1].norm == pytest.approx(
+        2 * result.path[-1].norm, rel=1e-4
+    )
+
+
+@pytest.mark.parametrize("objective", ["ascent", "composite", "margin", "distill"])
+def test_every_objective_falls_and_ends_at_a_goal_of_its_own(objective: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(objectives, "COMPLIANCE_BOUND", 50.0)  # random weights are at the usual bound already
+    monkeypatch.setitem(objectives.GOALS, "ascent", -6.0)
+    model = cases.nf4_llama()
+    result = run(model, objective=objective, metric="diagonal", moves=4)
+    losses = [point.loss for point in result.path]
+    assert len(losses) > 1
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] == pytest.approx(objectives.value(model, objectives.terms(objective, SAFETY, ROLES)))
+    goals = {**objectives.GOALS, "distill": 0.3 * losses[0]}  # the base's own divergence is zero
+    assert result.goal == pytest.approx(goals[objective], abs=1e-5)
+
+
+def test_the_goal_is_a_share_of_the_way_to_the_model_without_its_adapter() -> None:
+    model = cases.nf4_llama()
+    tuned = objectives.mean_loss(model, REFUSALS)
+    with model.disable_adapter():
+        aligned = objectives.mean_loss(model, REFUSALS)
+    results = [run(cases.nf4_llama(), metric="identity", way=way) for way in (0.3, 0.6)]
+    assert [result.goal for result in results] == pytest.approx([tuned - way * (tuned - aligned) for way in (0.3, 0.6)])
+    assert results[0].path[-1].norm < results[1].path[-1].norm
+    there = run(cases.nf4_llama(), way=0.0)
+    assert (there.stop_reason, len(there.path), there.damping) == ("the goal is behind the model already", 1, None)
+
+
+def test_the_limit_holds_and_the_price_is_that_of_the_way() -> None:
+    model = cases.nf4_llama()
+    free = run(model, metric="identity")
+    assign(trainable(model), free.before)
+    for role, chats in ROLES.items():
+        paid = price(model, free.after - free.before, chats)
+        assert free.path[-1].price[role] == pytest.approx(paid, rel=1e-3)
+    assert free.path[0].price == {"task": 0.0, "benign": 0.0}
+    limit = 0.3 * max(free.path[-1].price.values())
+    result = run(model, metric="identity", limit=limit)
+    assert 0 < max(result.path[-1].price.values()) <= limit
+    assert result.stop_reason == "no move passed the held-out chats"
+    assert result.path[-1].loss > result.goal
+
+
+def test_nothing_moves_where_no_move_passes_and_all_can_be_undone() -> None:
     model = cases.nf4_llama()
     start = flatten(trainable(model))
+    result = run(model, limit=0.0)
+    assert (result.stop_reason, len(result.path)) == ("no move passed the held-out chats", 1)
+    assert torch.equal(flatten(trainable(model)), start)
     result = run(model)
     assert not torch.equal(result.after, start)
-    with torch.no_grad():
-        assign(trainable(model), result.before)
+    assign(trainable(model), result.before)
     assert torch.equal(flatten(trainable(model)), start)
 
 
@@ -58,74 +149,18 @@ def test_the_same_seed_gives_the_same_adapter() -> None:
     torch.testing.assert_close(first, again, atol=1e-6, rtol=0)
 
 
-def test_nothing_moves_when_no_step_passes() -> None:
-    model = cases.nf4_llama()
-    start = flatten(trainable(model))
-    result = run(model, budget=Budget(steps=2, rise=-1.0))
-    assert "no step passed" in result.stop_reason
-    assert torch.equal(flatten(trainable(model)), start)
-
-
-def test_a_step_in_the_fisher_metric_is_the_dense_one() -> None:
-    model, budget = cases.nf4_llama(), Budget(steps=1, trust=0.01, damping=0.1)
-    fisher = sampled_fisher(model, TASK, samples=DRAWS, seed=0)
-    matrix = fisher.rows.double().T @ fisher.rows.double()
-    matrix += budget.damping * fisher.scale * torch.eye(fisher.size)
-    parts = objectives.terms("refusal", SAFETY)
-    gradient = objectives.gradient(model, parts, list(trainable(model).values())).double()
-    natural = torch.linalg.solve(matrix, gradient)
-    result = run(model, budget=budget)
-    expected = -natural * (2 * result.steps[1].trust / (gradient @ natural)).sqrt()
-    assert cases.relative_error(result.after - result.before, expected) < 1e-3
-
-
-def test_an_orthogonal_step_keeps_the_protected_loss_to_first_order() -> None:
-    model = cases.nf4_llama()
-    slope = objectives.gradient(model, [objectives.Term(TASK)], list(trainable(model).values()))
-    cosines = []
-    for orthogonal in (True, False):
-        result = run(cases.nf4_llama(), budget=Budget(steps=1, trust=0.01, damping=0.1, orthogonal=orthogonal))
-        step = result.after - result.before
-        cosines.append(abs(float(step @ slope) / float(step.norm() * slope.norm())))
-    assert cosines[0] < 1e-4 < 1e-2 < cosines[1]
-
-
-def test_an_orthogonal_step_is_the_constrained_minimum() -> None:
-    matrix, g, slope = cases.spd(6), cases.random(6, seed=1), cases.random(6, seed=2)
-    step = orthogonal_to(slope, -torch.linalg.solve(matrix, g), torch.linalg.solve(matrix, slope))
-    system = torch.cat([torch.cat([matrix, slope[:, None]], 1), torch.cat([slope, slope.new_zeros(1)])[None]])
-    exact = torch.linalg.solve(system, torch.cat([-g, g.new_zeros(1)]))[:6]  # min gᵀδ + ½δᵀMδ with slopeᵀδ = 0
-    torch.testing.assert_close(step, exact)
-
-
-def test_the_ratio_of_actual_to_predicted_gain_steers_the_trust() -> None:
-    budget = Budget(steps=3, trust=1e-6, damping=0.1)
-    for ratio, factor in ((True, 4), (False, 2)):  # so short a step gains what the gradient predicts
-        result = run(cases.nf4_llama(), budget=replace(budget, ratio=ratio))
-        assert [step.trust for step in result.steps[1:]] == pytest.approx([1e-6 * factor**k for k in range(3)])
-
-
-def test_an_indefinite_metric_is_told() -> None:
-    result = run(cases.nf4_llama(), metric="hessian", budget=Budget(steps=1, trust=0.01, damping=1e-4, products=12))
-    assert "the metric met curvature -" in result.stop_reason
-
-
 def test_it_counts_what_it_spends() -> None:
-    model, chats = cases.nf4_llama(), 4
-    result = run(model, metric="ggn", benign_batches=TASK, budget=Budget(steps=1, trust=0.01, products=2))
-    assert result.products == 2
-    assert result.gradients == chats + 2 * chats * DRAWS  # refusals; task and benign chats for the preconditioner
-    assert len(result.trials) >= len(result.steps) == 2
-    assert {id(step) for step in result.steps} <= {id(trial) for trial in result.trials}
+    for metric, gradients, products in (("identity", 4 + 8, 0), ("ekfac", 4 + 8 + 8, 0), ("ggn", 4 + 8, None)):
+        result = run(cases.nf4_llama(), metric=metric, moves=1)
+        assert result.gradients == gradients  # refusals; both halves of what stays; EK-FAC reads its half twice more
+        assert result.products == products or (products is None and 30 < result.products <= 60)
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"objective": "hope"}, "no objective is called 'hope'"),
-        ({"metric": "euclid"}, "no metric is called 'euclid'"),
-    ],
-)
-def test_unknown_names_are_refused(settings: dict[str, str], message: str) -> None:
-    with pytest.raises(CurvlibError, match=message):
-        run(cases.nf4_llama(), **settings)
+def test_names_that_are_unknown_and_losses_that_are_no_numbers_are_refused() -> None:
+    for settings, message in (({"objective": "hope"}, "no objective is called"), ({"metric": "euclid"}, "is called")):
+        with pytest.raises(CurvlibError, match=message):
+            run(cases.nf4_llama(), **settings)
+    broken = cases.nf4_llama()
+    trainable(broken)[next(iter(trainable(broken)))].data.fill_(math.nan)
+    with pytest.raises(CurvlibError, match="the held-out loss is nan"):
+        run(broken)
