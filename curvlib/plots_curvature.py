@@ -1,17 +1,13 @@
-"""The figures of the curvature engine: one function each, in the style of :mod:`curvlib.plots`."""
+"""The figure of the four-bit engine, in the style of :mod:`curvlib.plots`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import cycle
 
 import numpy as np
 from matplotlib.figure import Figure
-from torch import Tensor
 
-from curvlib.curvature.lanczos import SpectralDensity
-from curvlib.curvature.solve import Solution
-from curvlib.plots import BLACK, BLUE, CYCLE, MARKERS, ORANGE, SKY, figure
+from curvlib.plots import BLUE, ORANGE, SKY, figure
 
 MIB = 2**20
 
@@ -39,40 +35,4 @@ def memory(forecast: Mapping[str, int], measured: Mapping[str, int], kept: Mappi
     axes.set_title("Memory of one product beside the model", pad=26)
     axes.set(xlabel="peak, MiB")
     axes.legend(ncols=3, loc="lower left", bbox_to_anchor=(0, 1), fontsize=10, borderpad=0.2, columnspacing=1.2)
-    return drawn
-
-
-def residuals(solutions: Mapping[str, Solution], tolerance: float) -> Figure:
-    """Draw each solver's relative residual after each product, on logarithmic axes, down to the tolerance."""
-    drawn, (axes,) = figure()
-    dashes = cycle(("-", "--"))  # two solvers may walk the same path
-    for (name, found), colour, marker, dash in zip(solutions.items(), CYCLE, MARKERS, dashes, strict=False):
-        spent = np.arange(len(found.history)) + found.products - len(found.history) + 1
-        every = max(1, len(spent) // 12)
-        axes.loglog(spent[1:], found.history[1:], c=colour, ls=dash, marker=marker, markevery=every, label=name)
-    axes.axhline(tolerance, color="#777777", lw=1, ls="--")
-    axes.set(xlabel="products with the operator", ylabel="residual / right-hand side", title="Solving for one vector")
-    axes.legend()
-    return drawn
-
-
-def spectrum(found: SpectralDensity, exact: Tensor, name: str) -> Figure:
-    """Draw the estimated density of eigenvalues with two standard errors, above a mark for each exact eigenvalue.
-
-    Args:
-        found: estimate.
-        exact: all eigenvalues (size,).
-        name: of the matrix, for the title.
-    """
-    drawn, (axes,) = figure()
-    x, y = found.grid.numpy(), found.density.numpy()
-    low, high = (y + sign * 2 * found.standard_error.numpy() for sign in (-1, 1))
-    floor = 1e-3 * y.max()
-    axes.fill_between(x, np.maximum(low, floor), np.maximum(high, floor), color=SKY, alpha=0.5, label="± 2 s.e.")
-    axes.semilogy(x, np.maximum(y, floor), c=BLUE, label=f"{len(found.nodes)} probes, {found.products} products")
-    axes.plot(
-        exact.numpy(), np.full(len(exact), 0.6 * floor), "|", c=BLACK, ms=9, label=f"all {len(exact)} eigenvalues"
-    )
-    axes.set(xlabel="eigenvalue", ylabel="share of eigenvalues per unit", title=f"Spectrum of the {name}")
-    axes.legend()
     return drawn
