@@ -145,8 +145,7 @@ def lbfgs_inverse(pairs: Iterable[Pair], *, powell: bool = True) -> LBFGSInverse
     """Return the L-BFGS inverse of the pairs, oldest first.
 
     Args:
-        pairs: steps and what the curvature makes of them, both (size,): an operator's products, or the
-            :func:`gradient_differences` along a trajectory.
+        pairs: steps and what the curvature makes of them, both (size,).
         powell: damp pairs of too little or negative curvature, so that each one counts (True), or skip those with
             s·y ≤ 0 (False).
 
@@ -168,25 +167,6 @@ def powell_damped(s: Tensor, y: Tensor) -> Pair:
         return s, y
     theta = (1 - POWELL) * sigma / (sigma - curvature)
     return s, theta * y + (1 - theta) * (y.norm() / s.norm()) * s
-
-
-def gradient_differences(gradient: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    r"""Return :math:`s \mapsto \nabla L(\theta + s) - \nabla L(\theta)`, the pair's y that L-BFGS uses in training.
-
-    Args:
-        gradient: a shift (size,) of the parameters to the gradient there. It must use the same batch in every call:
-            between different batches the difference is mostly noise.
-
-    Cost: one gradient at once, one a call. Unlike a product it averages the curvature over the whole step.
-    """
-    start: list[Tensor] = []
-
-    def difference(step: Tensor) -> Tensor:
-        if not start:
-            start.append(gradient(torch.zeros_like(step)))
-        return gradient(step) - start[0]
-
-    return difference
 
 
 def lbfgs(

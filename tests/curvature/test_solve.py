@@ -12,7 +12,6 @@ from curvlib.curvature.operator import DenseOperator, DiagonalOperator, Function
 from curvlib.curvature.solve import (
     Solution,
     conjugate_gradient,
-    gradient_differences,
     largest_eigenvalue,
     lbfgs,
     lbfgs_inverse,
@@ -137,19 +136,6 @@ def test_powell_damps_negative_pairs_where_they_would_be_skipped() -> None:
     assert float(torch.linalg.eigvalsh(damped.dense())[0]) > 0
     with pytest.raises(CurvlibError, match="no curvature pair has s·y > 0"):
         lbfgs_inverse(pairs[1:], powell=False)
-
-
-def test_gradient_differences_of_a_quadratic_are_products() -> None:
-    start, shifts = random(SIZE, seed=8), []
-
-    def gradient(shift: Tensor) -> Tensor:
-        shifts.append(shift)
-        return A @ (start + shift) - B
-
-    difference = gradient_differences(gradient)
-    for step in random(3, SIZE, seed=9):
-        torch.testing.assert_close(difference(step), A @ step)
-    assert len(shifts) == 4
 
 
 def test_neumann_converges_by_its_rate_and_reports_divergence() -> None:
