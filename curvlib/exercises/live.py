@@ -42,12 +42,12 @@ def restoration(restore: Callable[..., Any], student: str, output_dir: str = "")
     Every call of ``measure`` is a row; so are the pairs that ``restore`` returns and the verdicts on test prompts.
     """
     from curvlib import models, stages
+    from curvlib.curvature.inverse import damped_inverse
     from curvlib.evaluate.behaviour import measure_behaviour
     from curvlib.evaluate.stats import paired_difference
     from curvlib.parameters import assign, flatten, trainable
     from curvlib.report import Results
     from curvlib.restore import objectives, recipe
-    from curvlib.restore.metrics import build_metric
     from curvlib.tiers import get_tier
 
     seed, tier, rows = variant(student), get_tier(TIER), list[dict[str, Any]]()
@@ -56,7 +56,7 @@ def restoration(restore: Callable[..., Any], student: str, output_dir: str = "")
     tokenizer, parameters = models.load_tokenizer(stages.aligned_source(tier)), trainable(model)
     chats, home = recipe.restoration_chats(tier, tokenizer), flatten(parameters).detach().clone()
     theta, protected = home.clone(), [batch for role in chats.held_out.protected.values() for batch in role]
-    metric = build_metric("fisher", model, [*chats.task, *chats.benign], damping=1.0, products=0, seed=seed)
+    metric = damped_inverse("fisher", model, [*chats.task, *chats.benign], factor=1.0, seed=seed)
 
     def gradient() -> Tensor:
         assign(parameters, theta)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from curvlib.errors import CurvlibError
-from curvlib.influence import study, validate
+from curvlib.influence import toys, validate
 from curvlib.influence.toys import fit, retrainer, toy, unchanged
 from curvlib.parameters import flatten, trainable
 from tests import cases
@@ -37,7 +37,7 @@ def test_the_closed_form_is_refitting_without_each_point() -> None:
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_influence_orders_leave_one_out_of_the_convex_toy(seed: int) -> None:
-    exact, predicted = study.ridge_case(seed)
+    exact, predicted = toys.ridge_case(seed)
     found = validate.rank_correlations(predicted.numpy(), exact.numpy()).mean()
     assert found >= 0.95
     wrong = predicted[:, np.random.default_rng(0).permutation(predicted.shape[1])]
@@ -45,7 +45,7 @@ def test_influence_orders_leave_one_out_of_the_convex_toy(seed: int) -> None:
 
 
 def test_influence_orders_leave_one_out_of_the_tiny_transformer() -> None:
-    _, actual, found = study.transformer_case(0, ("identity", "cg", "hessian"))
+    _, actual, found = toys.transformer_case(0, ("identity", "cg", "hessian"))
     order = {name: validate.rank_correlations(v.double().numpy(), actual.numpy()).mean() for name, v in found.items()}
     assert order["hessian"] >= 0.9
     assert order["hessian"] > order["cg"] > order["identity"]
