@@ -23,10 +23,8 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 EXPECTED: dict[str, dict[str, dict[str, Any]]] = tomllib.loads((ROOT / "tests/expected/ci.toml").read_text())
 PENDING = {
     "01_fine_tuning_degradation",
-    "02_curvature_by_hand",
     "03_landscape_geometry",
     "04_influence_functions",
-    "05_second_order_restoration",
     "07_methods_compared",
     "09_report",
     "A1_four_bit_engine",
