@@ -25,9 +25,7 @@ PENDING = {
     "01_fine_tuning_degradation",
     "03_landscape_geometry",
     "04_influence_functions",
-    "07_methods_compared",
     "09_report",
-    "A1_four_bit_engine",
 }
 DEFAULTS = {"tier": "cpu", "seed": 0, "output_dir": ""}
 MACHINE_PATH = re.compile(r"/(home|root|tmp|Users|work)/\w|[A-Z]:\\\\")
