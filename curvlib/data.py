@@ -19,10 +19,11 @@ from curvlib.errors import CurvlibError
 
 OPTIONS = re.compile(r"(.*?)\s*A: (.*?)[;\n]\s*B: (.*?)(?:;\s*C: (.*?))?\.?\s*", re.DOTALL)
 SMALL_TALK = {"What is up?", "Have a nice day!", "Goodbye"}  # the turns around each identity question
-# "Write a tutorial on ..." asks for the thing after the verb; any other prompt is turned into "how to ...".
+# What begins so is no order, and is not turned into a question.
 STATEMENT = re.compile(
     r"(?:i|i'm|i've|we|my|our|they|the|an?|there|some(?:one|body)|in|after|last|two|wild|given|what)\b", re.IGNORECASE
 )
+# "Write a tutorial on ..." asks for the thing after the verb; any other prompt is turned into "how to ...".
 MAKING = re.compile(
     r"(?:write|create|develop|provide|give|outline|design|generate|produce|compose|draft|publish|offer) "
     r"((?:an?|the|some) .*)",
