@@ -146,11 +146,12 @@ def test_the_judge_tells_digits_from_nothing(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_judge_of_shuffled_digits_is_no_better_than_chance() -> None:
+    torch.manual_seed(0)
     test, judge = handwritten()["test"], nn.Sequential(nn.Flatten(), nn.Linear(64, 11))
-    assert list(judge_training(judge, 30))[-1] == 30
+    assert list(judge_training(judge, 100))[-1] == 100
     shuffled = test.y[torch.randperm(len(test.y), generator=random())]
     right, chance = ((judge(test.x).argmax(1) == y).float().mean() for y in (test.y, shuffled))
-    assert float(right) > 0.3 > float(chance)
+    assert float(right) > 0.6 > 0.3 > float(chance)
 
 
 def test_frechet_distance_of_normal_samples() -> None:
