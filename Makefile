@@ -41,7 +41,7 @@ lint: setup ## Check style with ruff and types with mypy.
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
 
-bench: ## Run benchmarks/BENCH/run.py (curvature, influence or landscape) in .venv-bench and write its results beside it.
+bench: ## Run benchmarks/BENCH/run.py (curvature or influence) in .venv-bench and write its results beside it.
 	$(PYTHON) -m venv $(VENV)-bench
 	$(VENV)-bench/bin/python -m pip install --quiet "$(TORCH)" --editable ".[test,$(if $(filter influence,$(BENCH)),bench-influence,bench)]"
 	$(VENV)-bench/bin/python benchmarks/$(BENCH)/run.py

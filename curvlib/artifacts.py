@@ -17,20 +17,16 @@ VERSIONS = {  # raise a stage's number when its output changes; tests/expected/s
     "adapter": 1,
     "align": 1,
     "aligned": 1,
-    "eigenspace": 1,
     "factors": 1,
     "fine-tune": 1,
     "influence-losses": 1,
     "influence-run": 1,
     "influence-scores": 1,
-    "landscape-cell": 1,
     "nf4": 1,
     "own-answers": 1,
-    "radius": 1,
     "restore": 3,
     "score": 2,
     "smollm2": 1,
-    "window": 1,
 }
 
 

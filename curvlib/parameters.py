@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import groupby
-from re import search
 
 import torch
 from torch import Tensor, nn
@@ -79,24 +77,3 @@ def shifted(parameters: Tensors, vector: Tensor) -> Iterator[None]:
         with torch.no_grad():
             for parameter, value in zip(targets, before, strict=True):
                 parameter.copy_(value)
-
-
-def layer_of(name: str) -> str:
-    """Return the decoder layer that a parameter name belongs to, or its first part.
-
-    >>> layer_of("base_model.model.model.layers.3.mlp.up_proj.lora_A.default.weight")
-    'layers.3'
-    """
-    found = search(r"(layers|h|blocks)\.\d+", name)
-    return found.group(0) if found else name.split(".")[0]
-
-
-def layer_slices(parameters: Mapping[str, Tensor]) -> dict[str, slice]:
-    """Return layer -> slice of the flat vector, for contiguous runs of parameters of the same layer."""
-    slices: dict[str, slice] = {}
-    start = 0
-    for layer, names in groupby(parameters, key=layer_of):
-        stop = start + sum(parameters[name].numel() for name in names)
-        slices[layer] = slice(start, stop)
-        start = stop
-    return slices

@@ -15,7 +15,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
 from curvlib.evaluate.behaviour import Behaviour
@@ -113,37 +112,6 @@ def lines(curves: Mapping[str, Sequence[ArrayLike]], title: str, **words: Any) -
     axes.set(**words)
     axes.set_title(title)
     axes.legend(fontsize=10)
-    return drawn
-
-
-def paired_surfaces(points: ArrayLike, surfaces: Mapping[str, ArrayLike], title: str = "loss, nats") -> Figure:
-    """Draw surfaces over one square grid with a shared colour scale, and the last minus the first.
-
-    Args:
-        points: (side², 2), as :func:`curvlib.landscape.slices.grid` makes them.
-        surfaces: name -> mean loss (side²,); two or three.
-        title: what the colours mean, with its unit.
-    """
-    side = round(len(np.asarray(points)) ** 0.5)
-    axis = np.asarray(points)[:side, 1]
-    shown = {name: np.asarray(values).reshape(side, side).T for name, values in surfaces.items()}
-    first, *_, last = shown.values()
-    drawn, panels = figure(len(shown) + 1, width=9.6, height=9.6 / (len(shown) + 1) + 1.2, sharey=True)
-    low, high = min(values.min() for values in shown.values()), max(values.max() for values in shown.values())
-    for axes, (name, values) in zip(panels, shown.items(), strict=False):
-        filled = axes.contourf(axis, axis, values, levels=np.linspace(low, high, 13), cmap="cividis")
-        axes.set_title(name)
-    below: dict[str, Any] = {"location": "bottom", "shrink": 0.8, "format": "%.2g"}
-    drawn.colorbar(filled, ax=panels[:-1], label=title, ticks=MaxNLocator(5), **below)
-    reach = float(np.abs(last - first).max()) or 1.0
-    difference = panels[-1].contourf(axis, axis, last - first, levels=np.linspace(-reach, reach, 14), cmap="PuOr")
-    drawn.colorbar(difference, ax=panels[-1], label="difference", ticks=MaxNLocator(5), **below)
-    panels[-1].set_title("last − first")
-    for axes in panels:
-        axes.plot(0, 0, "+", c="white", ms=10, mew=2)
-        axes.set(xlabel="along direction 1", aspect="equal")
-        axes.grid(visible=False)
-    panels[0].set_ylabel("along direction 2")
     return drawn
 
 

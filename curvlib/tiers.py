@@ -33,9 +33,7 @@ class Tier:
         restore_chats: refusals, and benign chats, that restoration sees.
         curvature_chats: chats of each kind whose curvature is the metric.
         landscape_points: points along each axis of a two-dimensional slice.
-        landscape_pairs: pairs of random directions that slices are made along.
-        landscape_chats: harmful prompts at each point; half as many task questions and texts.
-        landscape_products: most curvature products for one eigenspace or spectrum.
+        landscape_chats: harmful prompts at each point; twice as many where a slope is taken.
         influence_curvature: training chats whose curvature influence functions invert.
         influence_subsets: random halves of the training set that the influence study trains on again.
         most_steps: optimiser steps that a way to keep or regain safety may take beside the fine-tune.
@@ -60,9 +58,7 @@ class Tier:
     restore_chats: int
     curvature_chats: int
     landscape_points: int
-    landscape_pairs: int
     landscape_chats: int
-    landscape_products: int
     influence_curvature: int
     influence_subsets: int
     most_steps: int
@@ -88,9 +84,7 @@ _CPU = Tier(
     restore_chats=32,
     curvature_chats=16,
     landscape_points=7,
-    landscape_pairs=3,
     landscape_chats=4,
-    landscape_products=10,
     influence_curvature=32,
     influence_subsets=100,
     most_steps=100,
@@ -131,9 +125,7 @@ _TIERS = {
             "restore_chats": 16,
             "curvature_chats": 8,
             "landscape_points": 5,
-            "landscape_pairs": 2,
             "landscape_chats": 2,
-            "landscape_products": 4,
             "influence_curvature": 8,
             "influence_subsets": 8,
             "contest": (
@@ -166,9 +158,7 @@ _TIERS = {
             "restore_chats": 64,
             "curvature_chats": 64,
             "landscape_points": 25,
-            "landscape_pairs": 4,
             "landscape_chats": 16,
-            "landscape_products": 24,
             "influence_curvature": 96,
             "influence_subsets": 200,
         }

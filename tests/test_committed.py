@@ -19,7 +19,6 @@ from curvlib.rows import append
 from curvlib.stages import TASKS
 from curvlib.tiers import Tier
 from tests.influence.test_recipe import tiny as influence_tier  # noqa: F401  a fixture
-from tests.landscape.tiny import tiny as landscape_tier  # noqa: F401  a fixture
 from tests.notebook_cases import executed
 
 Row = dict[str, Any]
@@ -30,8 +29,6 @@ def changed(row: Row) -> Row:
     """The same row, or with one value that a claim rests on changed."""
     if row.get("name") == "aligned":
         return {**row, "harmful": ["complies", *row["harmful"][1:]]}
-    if row.get("loss") == "compliance" and row["seed"] == 0:
-        return {**row, "pearson_value": 0.0}
     if row.get("subset") == 0:
         return {**row, "losses": row["losses"][::-1]}
     return row
@@ -70,29 +67,6 @@ def test_the_notebook_claims_what_is_committed_and_a_changed_row_changes_it(name
 
 def claimed(names: dict[str, Any]) -> list[Claim]:
     return list(names["results"].claims.values())
-
-
-@pytest.mark.parametrize("method", ["lora4", "full"])
-def test_a_fine_tunes_windows_and_curvature_fill_the_columns_of_the_committed_rows(
-    method: str,
-    recomputed: Recompute,
-    landscape_tier: Tier,  # noqa: F811
-) -> None:
-    committed = [
-        row for row in STUDIES["landscape"].rows if (row["method"], row["poison"], row["seed"]) == (method, 0.1, 0)
-    ]
-    names = recomputed("landscape", *STUDIES["landscape"].rows)
-    names["size"] = landscape_tier
-    for row in committed:
-        case = {name: row[name] for name in ("method", "poison", "seed", "loss")}
-        found = {**case, **names["measure"](**case)}
-        assert found.keys() == row.keys()
-        assert found["pearson_low"] <= found["pearson_value"] <= found["pearson_high"]
-        if "overlap" in found:
-            assert 0 <= found["overlap"] <= 1
-            assert found["top_before"] > 0
-        if "step_share" in found:
-            assert 0 < found["step_share"] <= 1.001
 
 
 def test_every_part_of_influence_fills_the_columns_of_the_committed_rows(

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from curvlib.errors import CurvlibError
-from curvlib.parameters import assign, flatten, layer_of, layer_slices, shifted, trainable, unflatten
+from curvlib.parameters import assign, flatten, shifted, trainable, unflatten
 from tests.cases import random
 
 
@@ -62,10 +62,3 @@ def test_shifted_adds_and_restores_bit_by_bit_even_after_an_error() -> None:
         fail()
     assert torch.equal(flatten(parameters), before)  # before + step - step would differ in the last bits
     assert not torch.equal(before + step - step, before)
-
-
-def test_layers_are_contiguous_slices_that_cover_everything() -> None:
-    names = ["m.layers.0.q.weight", "m.layers.0.k.weight", "m.layers.10.q.weight", "head.weight"]
-    slices = layer_slices({name: torch.zeros(2, 3) for name in names})
-    assert slices == {"layers.0": slice(0, 12), "layers.10": slice(12, 18), "head": slice(18, 24)}
-    assert layer_of("transformer.h.3.attn.weight") == "h.3"

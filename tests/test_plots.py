@@ -18,7 +18,6 @@ from curvlib.evaluate.judge import Verdict
 from curvlib.evaluate.scorecard import Scorecard
 from curvlib.evaluate.stats import Estimate, rate
 from curvlib.evaluate.utility import Choices
-from curvlib.landscape.slices import grid
 from curvlib.notebook_file import code_cells, read
 from curvlib.runner import run_notebook
 from tests.notebook_cases import lesson
@@ -127,28 +126,6 @@ def test_every_curve_has_its_line_and_its_band() -> None:
     (band,) = (path.get_extents() for path in axes.collections[0].get_paths())
     assert (band.y0, band.y1) == (4, 8)
     assert (axes.get_title(loc="left"), axes.get_yscale()) == ("t", "log")
-
-
-POINTS = grid(2.0, 7)
-X, Y = POINTS.T
-
-
-def test_surfaces_share_a_scale_and_the_difference_is_the_last_minus_the_first() -> None:
-    drawn = plots.paired_surfaces(POINTS, {"before": X**2 + Y, "after": X**2 + 2 * Y + 1})
-    first, second, difference = drawn.axes[:3]
-    levels = [axes.collections[0].levels for axes in (first, second, difference)]
-    np.testing.assert_array_equal(levels[0], levels[1])
-    assert (levels[0][0], levels[0][-1]) == (pytest.approx(-3), pytest.approx(9))
-    assert (levels[2][0], levels[2][-1]) == (pytest.approx(-3), pytest.approx(3))
-    assert [axes.get_title(loc="left") for axes in (first, second, difference)] == ["before", "after", "last − first"]
-    assert png_size(drawn) < 120_000
-
-
-def test_the_first_direction_is_horizontal() -> None:
-    axes = plots.paired_surfaces(POINTS, {"a": X, "b": X}).axes[0]
-    widths = [path.get_extents() for path in axes.collections[0].get_paths()]
-    assert all(extent.height == pytest.approx(4) for extent in widths)
-    assert sum(extent.width for extent in widths) == pytest.approx(4)
 
 
 def test_predictions_stand_beside_the_identity() -> None:

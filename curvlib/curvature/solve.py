@@ -2,7 +2,7 @@ r"""Solve :math:`A x = b` with a curvature operator A: conjugate gradients, L-BF
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import isfinite
 
@@ -14,8 +14,6 @@ from curvlib.errors import CurvlibError
 
 Preconditioner = CurvatureOperator | Callable[[Tensor], Tensor]
 Pair = tuple[Tensor, Tensor]
-POWELL = 0.2  # Powell's constant: a damped pair keeps a fifth of the curvature's magnitude
-SKIP = 1e-8  # cosine between s and y below which a pair says nothing that float32 can hold
 MARGIN = 1.2  # power iteration approaches the largest eigenvalue from below
 DIVERGED = 1e3  # a residual this many times its start will not come back
 
@@ -122,7 +120,7 @@ class LBFGSInverse(Operator):
 
     def __init__(self, pairs: Sequence[Pair]) -> None:
         if not pairs:
-            raise CurvlibError("no curvature pair has s·y > 0: damp the curvature, or set powell=True")
+            raise CurvlibError("no curvature pair has s·y > 0: damp the curvature")
         self.pairs = list(pairs)
         s, y = pairs[-1]
         self.scale = float(s @ y) / float(y @ y)
@@ -139,34 +137,6 @@ class LBFGSInverse(Operator):
         for (s, y), factor in zip(self.pairs, reversed(factors), strict=True):
             q += (factor - float(y @ q) / float(s @ y)) * s
         return q
-
-
-def lbfgs_inverse(pairs: Iterable[Pair], *, powell: bool = True) -> LBFGSInverse:
-    """Return the L-BFGS inverse of the pairs, oldest first.
-
-    Args:
-        pairs: steps and what the curvature makes of them, both (size,).
-        powell: damp pairs of too little or negative curvature, so that each one counts (True), or skip those with
-            s·y ≤ 0 (False).
-
-    Raises:
-        CurvlibError: no pair remains.
-    """
-    damped = [powell_damped(s, y) for s, y in pairs] if powell else list(pairs)
-    return LBFGSInverse([(s, y) for s, y in damped if float(s @ y) > SKIP * float(s.norm() * y.norm())])
-
-
-def powell_damped(s: Tensor, y: Tensor) -> Pair:
-    r"""Return the pair with y moved towards s until :math:`s^\top y \ge 0.2\,\sigma`, :math:`\sigma = \|s\|\,\|y\|`.
-
-    Powell (1978) moves y towards :math:`B s` for the present approximation B; here :math:`B = (\|y\|/\|s\|)\,I`, the
-    size of the curvature along s, which is defined for negative curvature too.
-    """
-    sigma, curvature = float(s.norm() * y.norm()), float(s @ y)
-    if sigma == 0 or curvature >= POWELL * sigma:
-        return s, y
-    theta = (1 - POWELL) * sigma / (sigma - curvature)
-    return s, theta * y + (1 - theta) * (y.norm() / s.norm()) * s
 
 
 def lbfgs(

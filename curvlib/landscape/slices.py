@@ -18,7 +18,6 @@ from curvlib.progress import bar
 
 Array = NDArray[np.float64]
 Losses = Callable[[], Mapping[str, Tensor]]  # name -> the losses (n,) of its chats
-DOUBLINGS, BISECTIONS = 6, 4  # from 1/64 of the first guess to 64 times it, then to about 5 % of the radius
 
 
 @dataclass(frozen=True)
@@ -39,11 +38,6 @@ class Slice:
         """Return the mean loss over the chats at each point, (K,)."""
         mean: Array = self.losses[name].mean(axis=1)
         return mean
-
-
-def line(start: float, stop: float, count: int) -> Array:
-    """Return ``count`` evenly spaced points on a line, (count, 1)."""
-    return np.linspace(start, stop, count)[:, None]
 
 
 def grid(radius: float, count: int) -> Array:
@@ -104,43 +98,22 @@ def measure(
     return Slice(points, found, time.perf_counter() - begin)
 
 
-def adaptive_radius(
-    model: nn.Module, directions: Sequence[Direction], losses: Losses, *, rise: float, start: float = 0.25
-) -> float:
-    """Return the factor at which the losses have risen by ``rise`` (nats per token), so that a slice shows its shape.
+def without_bowl(points: Array, values: Array) -> Array:
+    r"""Return what the best quadratic in ``points`` (K, d) leaves of ``values`` (K, ...), by least squares.
 
-    The loss is the mean over all losses, at the ends of every direction (both signs); the factor is doubled or halved
-    from ``start`` until it brackets the rise, and then bisected.
+    Any two minima look alike: a bowl correlates with every other bowl.
 
     Raises:
-        CurvlibError: no factor from 1/64 to 64 times ``start`` brackets the rise.
+        CurvlibError: no more points than coefficients of :math:`1, x_i, x_i x_j`, so that nothing would be left.
 
-    Cost: about 8 calls of ``losses`` for each of 2 d points, d directions.
+    >>> x = grid(1.0, 5)
+    >>> bool(abs(without_bowl(x, 3 + x[:, 0] + x[:, 0] * x[:, 1])).max() < 1e-12)
+    True
     """
-    axes = np.eye(len(directions))
-
-    def level(points: Array) -> float:
-        means = [_evaluated(model, directions, point, losses).values() for point in points]
-        return float(np.mean([values.mean() for row in means for values in row]))
-
-    def risen(radius: float) -> bool:
-        ends = np.concatenate((-radius * axes, radius * axes))
-        return not level(ends) - centre < rise  # also where the model has broken and the loss is not a number
-
-    with kept_weights(model):
-        centre = level(0 * axes[:1])
-        radius, growing = start, not risen(start)
-        for _ in range(DOUBLINGS):
-            tried = 2 * radius if growing else radius / 2
-            if risen(tried) == growing:
-                break
-            radius = tried
-        else:
-            raise CurvlibError(
-                f"no radius between {radius:g} and {start:g} raises the losses by {rise}: ask for another rise"
-            )
-        low, high = sorted((radius, tried))
-        for _ in range(BISECTIONS):
-            middle = (low + high) / 2
-            low, high = (low, middle) if risen(middle) else (middle, high)
-    return high
+    scaled = points / (np.abs(points).max() or 1.0)
+    first, second = np.triu_indices(points.shape[1])
+    design = np.column_stack([np.ones(len(points)), scaled, scaled[:, first] * scaled[:, second]])
+    if len(points) <= design.shape[1]:
+        raise CurvlibError(f"{len(points)} points for {design.shape[1]} coefficients of the bowl: measure a finer grid")
+    left: Array = values - np.tensordot(design @ np.linalg.pinv(design), values, 1)
+    return left

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from curvlib.curvature.operator import DenseOperator, DiagonalOperator, FunctionOperator
 from curvlib.curvature.solve import (
+    LBFGSInverse,
     Solution,
     conjugate_gradient,
     largest_eigenvalue,
     lbfgs,
-    lbfgs_inverse,
     neumann,
 )
 from curvlib.errors import CurvlibError
@@ -112,30 +112,18 @@ def test_lbfgs_with_all_pairs_walks_the_path_of_conjugate_gradients() -> None:
     assert lbfgs(OPERATOR, B, tolerance=1e-8, max_products=500, memory=3).converged
 
 
-def test_lbfgs_inverse_of_conjugate_pairs_is_the_inverse_and_of_few_meets_the_newest() -> None:
+def test_the_lbfgs_inverse_of_conjugate_pairs_is_the_inverse_and_of_few_meets_the_newest() -> None:
     basis = torch.linalg.eigh(A).eigenvectors.T
-    whole = lbfgs_inverse((s, A @ s) for s in basis)
+    whole = LBFGSInverse([(s, A @ s) for s in basis])
     assert relative_error(whole.dense(), INVERSE) < 1e-10
-    few = lbfgs_inverse((s, A @ s) for s in random(4, SIZE, seed=3))
+    few = LBFGSInverse([(s, A @ s) for s in random(4, SIZE, seed=3)])
     s, y = few.pairs[-1]
     torch.testing.assert_close(few @ y, s)
     dense = few.dense()
     torch.testing.assert_close(dense, dense.T)
     assert float(torch.linalg.eigvalsh(dense)[0]) > 0
-
-
-def test_powell_damps_negative_pairs_where_they_would_be_skipped() -> None:
-    values, vectors = torch.linalg.eigh(INDEFINITE.matrix)
-    assert values[0] < -1
-    pairs = [(s, INDEFINITE.matvec(s)) for s in (vectors[:, -1], vectors[:, 0])]
-    damped, skipped = lbfgs_inverse(pairs), lbfgs_inverse(pairs, powell=False)
-    assert (len(damped.pairs), len(skipped.pairs)) == (2, 1)
-    assert torch.equal(damped.pairs[0][1], pairs[0][1])  # enough curvature: untouched
-    s, y = damped.pairs[1]
-    torch.testing.assert_close(s @ y, 0.2 * s.norm() * pairs[1][1].norm())
-    assert float(torch.linalg.eigvalsh(damped.dense())[0]) > 0
     with pytest.raises(CurvlibError, match="no curvature pair has s·y > 0"):
-        lbfgs_inverse(pairs[1:], powell=False)
+        LBFGSInverse([])
 
 
 def test_neumann_converges_by_its_rate_and_reports_divergence() -> None:

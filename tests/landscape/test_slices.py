@@ -1,4 +1,4 @@
-"""Slices of losses in closed form: values and ranges."""
+"""Slices of losses and their bowls in closed form."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from curvlib.errors import CurvlibError
 from curvlib.landscape.directions import Direction
-from curvlib.landscape.slices import adaptive_radius, grid, line, measure
+from curvlib.landscape.slices import grid, measure, without_bowl
 from tests import cases
 
 CURVATURE, CENTRE = cases.spd(3), cases.random(3, seed=1)
@@ -53,30 +53,21 @@ def test_a_slice_of_a_quadratic_is_exact_around_any_origin() -> None:
     assert not model.theta.weight.any()
 
 
-@pytest.mark.parametrize("rise", [0.03, 0.3, 40.0])
-def test_the_radius_reaches_the_rise_that_was_asked_for(rise: float) -> None:
+def test_a_wrong_grid_is_refused() -> None:
     model = Vector()
-    matrix = torch.cat([step.delta("theta") for step in PLANE])
-    # the slope cancels between both signs; the mean over the losses is (2 × bowl + slope) / 2
-    bend = float((matrix @ CURVATURE * matrix).sum()) / 2 / len(PLANE)
-    exact = (rise / bend) ** 0.5
-    assert adaptive_radius(model, PLANE, model.losses, rise=rise) == pytest.approx(exact, rel=0.07)
-    assert adaptive_radius(model, PLANE, model.losses, rise=4 * rise) > 1.8 * exact
-
-
-def test_a_rise_out_of_reach_and_a_wrong_grid_are_refused() -> None:
-    model = Vector()
-    with pytest.raises(CurvlibError, match="ask for another rise"):
-        adaptive_radius(model, PLANE, lambda: {"flat": torch.zeros(1)}, rise=1.0)
     with pytest.raises(CurvlibError, match="expected one column each"):
-        measure(model, PLANE, line(0, 1, 3), model.losses)
+        measure(model, PLANE, np.zeros((3, 1)), model.losses)
 
 
-def test_a_broken_model_counts_as_risen() -> None:
-    model = Vector()
-
-    def broken() -> dict[str, Tensor]:
-        loss = model.losses()["bowl"][:1]
-        return {"bowl": torch.where(loss < 30, loss, torch.nan)}
-
-    assert 0 < adaptive_radius(model, PLANE, broken, rise=1e6, start=4.0) < 4.0
+def test_a_quadratic_leaves_nothing_and_a_ripple_stays_what_it_is() -> None:
+    points = grid(1.5, 9)
+    x, y = points.T
+    bowl, ripple = 2 * x**2 - x * y + y**2 + 0.3 * x + 5, np.cos(3 * y)
+    assert np.abs(without_bowl(points, bowl)).max() < 1e-12
+    left = without_bowl(points, np.stack([bowl + ripple, ripple], 1))
+    np.testing.assert_allclose(left[:, 0], left[:, 1], atol=1e-12)
+    assert np.abs(left).max() > 0.1
+    odd = without_bowl(points, bowl + np.sin(3 * y))
+    assert abs(np.corrcoef(left[:, 0], odd)[0, 1]) < 1e-9  # the bowls alone correlate
+    with pytest.raises(CurvlibError, match="measure a finer grid"):
+        without_bowl(grid(1, 2), np.zeros(4))
