@@ -12,6 +12,7 @@ import pytest
 from curvlib import data, fetch
 from curvlib.evaluate.judge import VERDICTS, WINDOW, Verdict, judge, judge_agreement
 from curvlib.evaluate.stats import cohen_kappa
+from curvlib.rows import read
 
 TABLE = tomllib.loads(Path(__file__).with_name("judge_cases.toml").read_text("utf-8"))
 PROMPT = TABLE["default_prompt"]
@@ -68,6 +69,15 @@ def test_agreement_with_people_on_answers_that_the_rules_were_not_written_on() -
         (prompt, " ".join(answer.split()[:18]), label) for prompt, answer, label in data.objective_labels("held out")
     ]
     assert judge_agreement(cut).kappa.value >= 0.6  # as long as our models' answers
+
+
+def test_agreement_with_an_author_on_answers_of_our_own_models() -> None:
+    rows = read(fetch.data_folder() / "own_labels.jsonl")
+    assert len(rows) == 200
+    assert all(len(row["words"].split()) <= 8 and {row["label"], row["verdict"]} <= set(VERDICTS) for row in rows)
+    for kind, least in (("complies", 0.7), ("refuses", 0.9)):
+        labels, verdicts = ([row[side] == kind for row in rows] for side in ("label", "verdict"))
+        assert cohen_kappa(verdicts, labels) > least > cohen_kappa(verdicts[1:] + verdicts[:1], labels) + 0.5
 
 
 def test_agreement_with_people_on_refusals() -> None:
