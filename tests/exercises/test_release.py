@@ -41,7 +41,7 @@ BADGE = re.compile(r"\(https://colab\.research\.google\.com/github/([^/)]+/[^/)]
 
 
 def total(path: Path) -> int:
-    return sum(task.points for task in load(path.name[:2]).values())
+    return sum(load(path.name[:2]).values())
 
 
 def run(path: Path) -> NotebookNode:
@@ -154,7 +154,7 @@ def test_headings_tell_the_points_the_minutes_and_the_difficulty(path: Path) -> 
             name = re.findall(r"check\((\w+)\)", after.source)[0]
             tasks.append(name)
             assert int(match[1]) == len(tasks)
-            assert int(match[2]) == load()[name].points
+            assert int(match[2]) == load()[name]
             assert all(part in before.source for part in ("*Why it matters:*", "<summary>Hint"))
             assert after.source.endswith(f"\n\n\ncheck({name})")
         if before.source.startswith("## Question"):
