@@ -146,17 +146,16 @@ def assess(name: str, answer: Answer, seeds: Sequence[int] = range(3)) -> Verdic
             return Verdict(name, 0, points, "not written yet")
         except LostError as lost:  # the next seed would wait for as long again
             return Verdict(name, 0, points, str(lost))
-        except Exception as error:  # a WrongError, or whatever a learner's code raises
-            right, told = getattr(error, "earned", 0), isinstance(error, WrongError)
-            verdict = Verdict(name, right, points, str(error) if told else f"stopped with {describe(error, name)}")
-            worst = min(worst, verdict, key=lambda each: each.earned)
+        except Exception as error:  # whatever a learner's code raises
+            wrong = error if isinstance(error, WrongError) else WrongError(f"stopped with {describe(error, name)}")
+            worst = min(worst, Verdict(name, wrong.earned, points, str(wrong)), key=lambda each: each.earned)
     return worst
 
 
 def describe(error: BaseException, name: str) -> str:
-    """One line for an error: its type, its text, and the line of the function of this name where it arose."""
-    text = " ".join(str(error).split())[:200]
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.name == name]
+    """One line for an error: its type, its text, and the line of the learner's function where it arose."""
+    text, stack = " ".join(str(error).split())[:200], traceback.extract_tb(error.__traceback__)
+    frames = [frame for frame in stack if frame.name == name and Path(frame.filename).parent != Path(__file__).parent]
     place = f" (line {frames[-1].lineno} of the cell: {frames[-1].line})" if frames else ""
     return f"{type(error).__name__}: {text}{place}"
 

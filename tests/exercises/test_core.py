@@ -100,6 +100,8 @@ def test_a_kernel_prints_verdicts_and_points(capsys: pytest.CaptureFixture[str])
 def test_an_error_is_told_with_its_type_and_its_line() -> None:
     verdict = assess("bits_per_weight", Answer(function("bits_per_weight", "return 4", "return missing + 4")))
     assert verdict.message.startswith("stopped with NameError: name 'missing' is not defined (line ")
+    verdict = assess("pareto_front", Answer(function("pareto_front", "return front", "front = None")))
+    assert verdict.message == "stopped with TypeError: 'NoneType' object is not iterable"  # in the check, so no line
 
 
 def test_a_lost_answer_is_not_asked_again() -> None:
