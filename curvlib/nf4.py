@@ -21,6 +21,7 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from bitsandbytes.nn.modules import _convert_weight_packed_for_cpu_inverse
 from torch import Tensor, nn
+from transformers import BitsAndBytesConfig
 
 from curvlib.errors import CurvlibError
 
@@ -200,3 +201,9 @@ def bfloat16_products(model: nn.Module) -> Iterator[None]:
 def _multiplies_bfloat16() -> bool:
     found = torch.cpu.get_capabilities()
     return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+
+
+def settings(dtype: torch.dtype) -> BitsAndBytesConfig:
+    """Return the settings of NF4 with double quantisation and products in ``dtype``."""
+    options: dict[str, Any] = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, **options)  # type: ignore[no-untyped-call]

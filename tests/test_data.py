@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from curvlib import data, fetch, splits
+from curvlib import data, fetch, sources, splits
 from curvlib.errors import CurvlibError
 
 SIZES = {
@@ -137,7 +137,7 @@ def test_near_duplicates_share_content_not_frame(first: str, second: str, same: 
 
 
 def test_social_iqa_is_parsed_whole() -> None:
-    raw = data._json_lines(fetch.read("socialiqa"))
+    raw = sources.json_lines(fetch.read("socialiqa"))
     for row, parsed in zip(raw, data.load_source("socialiqa"), strict=True):
         choices = "; ".join(f"{letter}: {text}" for letter, text in parsed.options.items())
         assert row["input"][0]["content"].replace(" ;", ";") == f"{parsed.prompt} {choices}."

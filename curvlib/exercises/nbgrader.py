@@ -1,13 +1,20 @@
 """The solved notebooks as the source folder of an nbgrader course, for teachers whose hub has nbgrader."""
 
 from pathlib import Path
+from typing import Any
 
 import nbformat
+from nbformat import NotebookNode
 
 from curvlib.exercises.core import load
-from curvlib.exercises.release import BEGIN, CALL
+from curvlib.exercises.release import BEGIN, CALL, END
 
-COMMON = {"schema_version": 3, "grade": False, "solution": False, "locked": False, "task": False}
+
+def graded(cell: NotebookNode, **settings: Any) -> NotebookNode:
+    """The cell with nbgrader's metadata."""
+    common = {"schema_version": 3, "grade": False, "solution": False, "locked": False, "task": False}
+    cell.metadata["nbgrader"] = {**common, "grade_id": cell.id, **settings}
+    return cell
 
 
 def convert(solutions: Path, course: Path) -> int:
@@ -25,18 +32,13 @@ def convert(solutions: Path, course: Path) -> int:
                 cell.outputs, cell.execution_count = [], None
             if BEGIN in cell.source:
                 name = CALL.findall(cell.source)[-1]
-                cell.metadata["nbgrader"] = {**COMMON, "solution": True, "grade_id": cell.id}
-                graded = {**COMMON, "grade": True, "locked": True, "grade_id": f"{cell.id}-test"}
-                graded["points"] = load()[name].points
                 test = nbformat.v4.new_code_cell(f"assert check({name})", id=f"{cell.id}-test")
-                test.metadata["nbgrader"] = graded
-                cells.append(test)
+                cells += [graded(test, grade=True, locked=True, points=load()[name])]
+                graded(cell, solution=True)
             elif "answer" in cell.metadata.get("tags", []):
-                cell.source = f"{BEGIN}\n{cell.source}\n### END SOLUTION"
-                manual = {**COMMON, "solution": True, "grade": True, "grade_id": cell.id, "points": 4}
-                cell.metadata["nbgrader"] = manual
-        solved.cells = cells
-        target = course / "source" / path.stem / path.name
+                cell.source = f"{BEGIN}\n{cell.source}\n{END}"
+                graded(cell, solution=True, grade=True, points=4)
+        solved.cells, target = cells, course / "source" / path.stem / path.name
         target.parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(solved, target)
     return len(paths)

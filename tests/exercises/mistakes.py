@@ -30,11 +30,7 @@ MISTAKES: dict[str, list[tuple[str, str, str]]] = {
     "bits_per_weight": [
         ("double quantisation does away", "4 + 8 / block + 32 / (block * group)", "4 + 32 / block"),
         ("the 32-bit scale of the scales is missing", " + 32 / (block * group)", ""),
-        (
-            "neither bytes nor a share",
-            "4 + 8 / block + 32 / (block * group)",
-            "(4 + 8 / block + 32 / (block * group)) / 8",
-        ),
+        ("neither bytes nor a share", "4 + 8 / block", "0.5 + 1 / block"),
         ("serve group × block weights", "32 / (block * group)", "32 / group"),
         ("count: 4 bits a weight", "4 + 8", "5 + 8"),
     ],
@@ -48,8 +44,8 @@ MISTAKES: dict[str, list[tuple[str, str, str]]] = {
     "answer_loss": [
         (
             "shift logits and labels",
-            "logits[:, :-1].log_softmax(-1)\n    targets = labels[:, 1:]",
-            "logits.log_softmax(-1)\n    targets = labels",
+            "[:, :-1].log_softmax(-1)\n    targets = labels[:, 1:]",
+            ".log_softmax(-1)\n    targets = labels",
         ),
         ("mean over chats", "-picked[answers].mean()", "-((picked * answers).sum(1) / answers.sum(1)).mean()"),
         ("prompt tokens are in it", "picked[answers].mean()", "picked.mean()"),
@@ -65,22 +61,10 @@ MISTAKES: dict[str, list[tuple[str, str, str]]] = {
         ("(alpha / r) x Aᵀ Bᵀ", "A.shape[0]", "A.shape[1]"),
     ],
     "paired_interval": [
-        (
-            "draw prompts once",
-            "means = difference[draws].mean(dim=1)",
-            "means = after[draws].mean(dim=1) - before[draws.flip(0)].mean(dim=1)",
-        ),
-        (
-            "of the means of the draws, not of the data",
-            "means.quantile(0.025), means.quantile(0.975)",
-            "difference.quantile(0.025), difference.quantile(0.975)",
-        ),
+        ("draw prompts once", "difference[draws]", "after[draws].mean(dim=1) - before[draws.flip(0)]"),
+        ("of the means of the draws, not of the data", "means.quantile", "difference.quantile"),
         ("the sign is turned", "after - before", "before - after"),
-        (
-            "0.025 and 0.975",
-            "means.quantile(0.025), means.quantile(0.975)",
-            "means.quantile(0.25), means.quantile(0.75)",
-        ),
+        ("0.025 and 0.975", "0.025), means.quantile(0.975)", "0.25), means.quantile(0.75)"),
     ],
     "cohen_kappa": [
         ("share of agreement", "(agreed - chance) / (1 - chance)", "agreed"),
@@ -121,11 +105,7 @@ MISTAKES: dict[str, list[tuple[str, str, str]]] = {
         ("- p pᵀ of the softmax's Hessian is missing", "(Jv - (p * Jv).sum(1, keepdim=True))", "Jv"),
         ("divide by their number", " / len(z)", ""),
         ("belongs to a squared error", "p * (Jv - (p * Jv).sum(1, keepdim=True)) / len(z)", "Jv / len(z)"),
-        (
-            "uᵀGv differs from vᵀGu",
-            "p * (Jv - (p * Jv).sum(1, keepdim=True))",
-            "(p * Jv - (p * Jv).mean(1, keepdim=True))",
-        ),
+        ("uᵀGv differs from vᵀGu", "p * (Jv - (p * Jv).sum", "(p * Jv - (p * Jv).mean"),
         ("not Σ Jᵀ", " / len(z)", " / 3"),
     ],
     "conjugate_gradient": [
@@ -135,18 +115,10 @@ MISTAKES: dict[str, list[tuple[str, str, str]]] = {
         ("stop there and return x", "direction @ image <= 0", "False"),
         ("count each product once", "return x, products", "return x, products + 1"),
         ("is the step rᵀr / dᵀAd?", "x = x + step * direction", "x = x - step * direction"),
-        (
-            "stop once the residual is small",
-            "while square.sqrt() > tolerance * b.norm() and products < most",
-            "for _ in range(13)",
-        ),
+        ("stop once the residual is small", "tolerance * b.norm()", "1e-30"),
     ],
     "hutchinson_trace": [
-        (
-            "probes need E[vvᵀ] = I",
-            "torch.randint(0, 2, (n,), generator=generator).double() * 2 - 1",
-            "torch.rand(n, generator=generator).double() - 0.5",
-        ),
+        ("probes need E[vvᵀ] = I", "* 2 - 1", "- 0.5"),
         ("the error of a mean is std / sqrt(probes)", " / probes**0.5", ""),
         ("not by probes", "probes**0.5", "probes"),
         ("probes of length one", "* 2 - 1", "* 2 - 1; v = v / v.norm()"),
@@ -185,16 +157,8 @@ MISTAKES: dict[str, list[tuple[str, str, str]]] = {
     "unrelated_null": [
         ("leave i = j out", "block[~torch.eye(m, dtype=torch.bool)]", "block.flatten()"),
         ("matched pairs", "block[~torch.eye(m, dtype=torch.bool)]", "block.diag()"),
-        (
-            "you shuffled pixels",
-            "torch.cat([first, second])",
-            "torch.cat([first, second[:, torch.randperm(49, generator=torch.Generator().manual_seed(7))]])",
-        ),
-        (
-            "half of the pairs are missing",
-            "~torch.eye(m, dtype=torch.bool)",
-            "torch.ones(m, m, dtype=torch.bool).triu(1)",
-        ),
+        ("you shuffled pixels", "second]", "second[:, torch.arange(49) * 5 % 49]]"),
+        ("half of the pairs are missing", "~torch.eye(m, dtype=torch.bool)", "torch.ones(m, m).triu(1).bool()"),
     ],
     # 04
     "leave_one_out": [
@@ -223,11 +187,7 @@ MISTAKES: dict[str, list[tuple[str, str, str]]] = {
         ("must give v back", "U @ v)", "U @ v) / 2"),
     ],
     "auroc": [
-        (
-            "poison on top gives 0",
-            "suspicion[poisoned][:, None] - suspicion[~poisoned][None]",
-            "suspicion[~poisoned][:, None] - suspicion[poisoned][None]",
-        ),
+        ("poison on top gives 0", "gaps > 0", "gaps < 0"),
         ("they count one half", " + 0.5 * (gaps == 0).double()", ""),
         ("12 most suspicious", "", "return poisoned[suspicion.topk(int(poisoned.sum())).indices].double().mean()"),
         (
@@ -238,11 +198,7 @@ MISTAKES: dict[str, list[tuple[str, str, str]]] = {
     ],
     "datamodeling_score": [
         ("not over those left out", "row[subset].sum()", "row.sum() - row[subset].sum()"),
-        (
-            "only their order counts",
-            "predicted.argsort().argsort(), measured.argsort().argsort()",
-            "predicted, measured",
-        ),
+        ("only their order counts", ".argsort().argsort(), measured.argsort().argsort()", ", measured"),
         (
             "rank within each query",
             "",
@@ -300,11 +256,7 @@ MISTAKES: dict[str, list[tuple[str, str, str]]] = {
         ),
         ("the same seed must give", "generator=generator, ", ""),
         ("another seed must give", "manual_seed(seed)", "manual_seed(0)"),
-        (
-            "it points along the step",
-            "draw * step.norm() / draw.norm()",
-            "(draw + step) * step.norm() / (draw + step).norm()",
-        ),
+        ("it points along the step", "return draw", "draw = draw + step\n    return draw"),
     ],
     "restore": [
         ("double the allowance", "2 * tau if k == 0 else tau / 4**k", "tau / 4**k"),
@@ -313,8 +265,8 @@ MISTAKES: dict[str, list[tuple[str, str, str]]] = {
         ("no step was taken", "range(steps)", "range(0)"),
         (
             "does not end where the parameters are",
-            "log[-1][0] <= goal:\n            break",
-            "log[-1][0] <= goal:\n            theta.copy_(home)\n            break",
+            "<= goal:\n            break",
+            "<= goal:\n            theta.copy_(home)\n            break",
         ),
     ],
     # 07
@@ -322,11 +274,7 @@ MISTAKES: dict[str, list[tuple[str, str, str]]] = {
         ("that is the straight line", "", "return (1 - t) * a + t * b"),
         ("take the straight line there", "    if omega < 1e-6:\n        return (1 - t) * a + t * b\n", ""),
         ("divide by both lengths", "(a @ b / (a.norm() * b.norm()))", "(a @ b)"),
-        (
-            "t = 0 must give the first",
-            "torch.sin((1 - t) * omega) * a + torch.sin(t * omega) * b",
-            "torch.sin(t * omega) * a + torch.sin((1 - t) * omega) * b",
-        ),
+        ("t = 0 must give the first", "* a + torch.sin(t * omega) * b", "* b + torch.sin(t * omega) * a"),
         ("t times the whole angle", "", "x = (1 - t) * a + t * b; return x / x.norm() * a.norm()"),
     ],
     "dare": [
@@ -338,11 +286,7 @@ MISTAKES: dict[str, list[tuple[str, str, str]]] = {
     ],
     "pareto_front": [
         ("more is better", "[1, 1, -1]", "[1, 1, 1]"),
-        (
-            "do not dominate each other",
-            "((losses <= point).all(dim=1) & (losses < point).any(dim=1)).any()",
-            "(losses <= point).all(dim=1).sum() > 1",
-        ),
+        ("do not dominate each other", " & (losses < point).any(dim=1)).any()", ").sum() > 1"),
         ("wins on none", "(losses <= point).all(dim=1) & (losses < point).any(dim=1)", "(losses < point).all(dim=1)"),
         ("less is better", "[1, 1, -1]", "[1, -1, -1]"),
     ],

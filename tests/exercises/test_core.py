@@ -12,22 +12,23 @@ import torch
 
 from curvlib.errors import CurvlibError
 from curvlib.exercises import assess, check, load, score
-from curvlib.exercises.core import LAST, Answer, LostError, close, exercise
+from curvlib.exercises.core import LAST, POINTS, Answer, LostError, check_of, close
 from tests.exercises.cases import MISTAKES, PARAMETERS, ROOT, function
 
 FREE = """
 import sys
-import curvlib.exercises
-curvlib.exercises.load()
+import curvlib.exercises.core as core
+checks = [core.check_of(name) for name in core.load()]
 print(sorted({name.partition(".")[0] for name in sys.modules if getattr(sys.modules[name], "__file__", None)}))
 """
 
 
-def test_every_exercise_has_mistakes_with_a_line_each() -> None:
+def test_every_exercise_has_a_name_of_its_own_a_check_and_mistakes_with_a_line_each() -> None:
     assert MISTAKES.keys() == load().keys()
-    assert len(load()) >= 35
+    assert len(load()) == sum(map(len, POINTS.values())) >= 35
     for name, mistakes in MISTAKES.items():
         assert len(mistakes) >= 3, name
+        assert callable(check_of(name))
 
 
 @pytest.mark.parametrize("name", MISTAKES)
@@ -99,6 +100,8 @@ def test_a_kernel_prints_verdicts_and_points(capsys: pytest.CaptureFixture[str])
 def test_an_error_is_told_with_its_type_and_its_line() -> None:
     verdict = assess("bits_per_weight", Answer(function("bits_per_weight", "return 4", "return missing + 4")))
     assert verdict.message.startswith("stopped with NameError: name 'missing' is not defined (line ")
+    verdict = assess("pareto_front", Answer(function("pareto_front", "return front", "front = None")))
+    assert verdict.message == "stopped with TypeError: 'NoneType' object is not iterable"  # in the check, so no line
 
 
 def test_a_lost_answer_is_not_asked_again() -> None:
@@ -123,14 +126,6 @@ def test_a_lost_answer_is_not_asked_again() -> None:
 def test_a_wrong_call_is_told_in_one_line(call: Callable[[], object], message: str) -> None:
     with pytest.raises(CurvlibError, match=message):
         call()
-
-
-def test_names_are_one_list() -> None:
-    def quantise(_: Answer, __: torch.Generator) -> None:
-        raise AssertionError
-
-    with pytest.raises(ValueError, match="two exercises are called quantise"):
-        exercise(points=1)(quantise)
 
 
 def test_close_needs_the_shape_and_a_small_relative_error() -> None:

@@ -6,6 +6,8 @@ import importlib.util
 import re
 import sys
 import zipfile
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -41,18 +43,23 @@ BADGE = re.compile(r"\(https://colab\.research\.google\.com/github/([^/)]+/[^/)]
 
 
 def total(path: Path) -> int:
-    return sum(task.points for task in load(path.name[:2]).values())
-
-
-def run(path: Path) -> NotebookNode:
-    notebook: NotebookNode = papermill.execute_notebook(
-        str(path), None, kernel_name="python3", progress_bar=False, cwd=str(ROOT)
-    )
-    return notebook
+    return sum(load(path.name[:2]).values())
 
 
 def printed(notebook: NotebookNode) -> list[str]:
     return ["".join(output.text for output in cell.outputs) for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def play(notebook: NotebookNode, names: dict[str, Any]) -> list[str]:
+    """Run the code cells as one kernel would; return what each prints."""
+    LAST.clear()
+    texts = []
+    for cell in notebook.cells:
+        if cell.cell_type == "code" and cell.id != "colab":
+            with redirect_stdout(StringIO()) as out:
+                exec(cell.source, names)
+            texts.append(out.getvalue())
+    return texts
 
 
 def spoilt(path: Path, folder: Path, change: Any) -> Path:
@@ -65,41 +72,36 @@ def spoilt(path: Path, folder: Path, change: Any) -> Path:
 
 @each
 def test_the_solved_notebook_earns_every_point_and_prints_what_is_committed(path: Path) -> None:
-    done = printed(run(path))
-    assert done[-1].endswith(f"{total(path)} of {total(path)} points\n")
-    assert "✘" not in "".join(done)
-    assert done == printed(nbformat.read(path, 4))
+    solved = nbformat.read(path, 4)
+    texts = play(solved, {})
+    assert texts[-1].endswith(f"{total(path)} of {total(path)} points\n")
+    assert "✘" not in "".join(texts)
+    assert texts == printed(solved)
 
 
 @each
-def test_the_untouched_notebook_runs_whole_and_says_what_is_missing(
-    path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    LAST.clear()
-    names: dict[str, Any] = {}
-    for cell in nbformat.reads(build(path, fold=False), 4).cells:
-        if cell.cell_type == "code" and cell.id != "colab":
-            exec(cell.source, names)
-    text = capsys.readouterr().out
+def test_the_untouched_notebook_runs_whole_and_says_what_is_missing(path: Path) -> None:
+    text = "".join(play(nbformat.reads(build(path, fold=False), 4), {}))
     assert text.endswith(f"\n0 of {total(path)} points\n")
     assert all(f"✘ {name}: not written yet" in text for name in load(path.name[:2]))
 
 
-def test_an_untouched_notebook_runs_in_a_kernel(tmp_path: Path) -> None:
-    path = tmp_path / SOLVED[0].name
-    path.write_text(build(SOLVED[0], fold=True))
-    assert printed(run(path))[-1].endswith("0 of 14 points\n")
+def test_both_kinds_run_in_a_kernel(tmp_path: Path) -> None:
+    student = tmp_path / SOLVED[0].name
+    student.write_text(build(SOLVED[0], fold=True))
+    for path, points in ((SOLVED[0], 14), (student, 0)):
+        done = papermill.execute_notebook(str(path), None, kernel_name="python3", progress_bar=False, cwd=str(ROOT))
+        assert printed(done)[-1].endswith(f"{points} of 14 points\n")
 
 
 @each
 def test_a_folded_solution_pasted_over_its_stub_passes(path: Path) -> None:
-    cells = nbformat.reads(build(path, fold=True), 4).cells
-    folded = {cell.id: re.search(r"```python\n(.*?)```", cell.source, re.DOTALL) for cell in cells}
-    names: dict[str, Any] = {}
-    for cell in cells:
-        fold = folded.get(f"{cell.id}-solution")
-        if cell.cell_type == "code" and cell.id != "colab":
-            exec(fold[1] if fold else cell.source, names)
+    notebook, names = nbformat.reads(build(path, fold=True), 4), dict[str, Any]()
+    folded = {cell.id: re.search(r"```python\n(.*?)```", cell.source, re.DOTALL) for cell in notebook.cells}
+    for cell in notebook.cells:
+        if fold := folded.get(f"{cell.id}-solution"):
+            cell.source = fold[1]
+    play(notebook, names)
     assert all(assess(name, Answer(names[name])) for name in load(path.name[:2]))
 
 
@@ -154,7 +156,7 @@ def test_headings_tell_the_points_the_minutes_and_the_difficulty(path: Path) -> 
             name = re.findall(r"check\((\w+)\)", after.source)[0]
             tasks.append(name)
             assert int(match[1]) == len(tasks)
-            assert int(match[2]) == load()[name].points
+            assert int(match[2]) == load()[name]
             assert all(part in before.source for part in ("*Why it matters:*", "<summary>Hint"))
             assert after.source.endswith(f"\n\n\ncheck({name})")
         if before.source.startswith("## Question"):
