@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from curvlib.evaluate.behaviour import Behaviour
 from curvlib.evaluate.judge import Verdict
@@ -113,38 +113,6 @@ def lines(curves: Mapping[str, Sequence[ArrayLike]], title: str, **words: Any) -
     axes.set_title(title)
     axes.legend(fontsize=10)
     return drawn
-
-
-def predicted_against_actual(panels: Mapping[str, tuple[ArrayLike, ArrayLike]], unit: str = "nats") -> Figure:
-    """Draw predicted against measured effects of single examples, one panel a method, with the identity line.
-
-    The band holds 95 per cent of the straight lines that fit resampled effects: does it hold the identity line?
-
-    Args:
-        panels: name -> predicted and measured effects, of one shape.
-        unit: of both.
-    """
-    drawn, axes = figure(len(panels), width=3.1 * len(panels) + 0.6, height=3.4)
-    for panel, (name, (predicted, actual)) in zip(axes, panels.items(), strict=True):
-        x, y = np.ravel(predicted), np.ravel(actual)
-        reach = 1.1 * float(max(np.abs(x).max(), np.abs(y).max())) or 1.0
-        panel.plot([-reach, reach], [-reach, reach], c=BLACK, lw=1, ls="--", label="y = x")
-        panel.plot(x, y, "o", c=BLUE, ms=4, alpha=0.6)
-        if np.ptp(x) > 0:
-            panel.fill_between(*_band(x, y, reach), color=BLUE, alpha=0.2, lw=0, label="fitted lines, 95 %")
-        panel.set(xlabel=f"predicted, {unit}", title=name, xlim=(-reach, reach), ylim=(-reach, reach))
-    axes[0].set_ylabel(f"measured by retraining, {unit}")
-    axes[-1].legend(loc="lower right", fontsize=10)
-    return drawn
-
-
-def _band(x: NDArray[Any], y: NDArray[Any], reach: float) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """Return places and the 95 per cent band of least-squares lines through resampled points (x, y)."""
-    generator, places = np.random.default_rng(0), np.linspace(-reach, reach, 41)
-    drawn = (generator.integers(len(x), size=len(x)) for _ in range(1000))
-    lines = [np.polyval(np.polyfit(x[rows], y[rows], 1), places) for rows in drawn if np.ptp(x[rows]) > 0]
-    low, high = np.percentile(lines, [2.5, 97.5], axis=0)
-    return places, low, high
 
 
 def quantisation(normalised: ArrayLike, levels: Mapping[str, ArrayLike], errors: Mapping[str, Estimate]) -> Figure:

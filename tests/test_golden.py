@@ -53,7 +53,7 @@ def influence() -> list[float]:
     model = cases.nf4_llama()
     inverse = build_inverse("fisher", model, CHATS, seed=0)
     query = query_gradients(model, CHATS[:1])[0]
-    scores: list[float] = (-example_gradients(model, CHATS).dot(inverse.solve(query).solution[None]))[0].tolist()
+    scores: list[float] = (-example_gradients(model, CHATS) @ inverse.solve(query).solution).tolist()
     return scores
 
 

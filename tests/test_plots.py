@@ -126,19 +126,3 @@ def test_every_curve_has_its_line_and_its_band() -> None:
     (band,) = (path.get_extents() for path in axes.collections[0].get_paths())
     assert (band.y0, band.y1) == (4, 8)
     assert (axes.get_title(loc="left"), axes.get_yscale()) == ("t", "log")
-
-
-def test_predictions_stand_beside_the_identity() -> None:
-    left, right = plots.predicted_against_actual({"a": ([1, -2], [1, -1]), "b": ([[0.5]], [[3]])}).axes
-    assert left.lines[1].get_xydata().tolist() == [[1, 1], [-2, -1]]
-    assert left.lines[0].get_xydata().ravel().tolist() == pytest.approx([-2.2, -2.2, 2.2, 2.2])
-    assert right.get_title(loc="left") == "b"
-    assert not right.collections, "no line fits a single point"
-
-
-def test_the_band_holds_the_line_through_exact_predictions_and_widens_with_noise() -> None:
-    x = np.linspace(-1, 1, 20)
-    exact, noisy = plots.predicted_against_actual({"a": (x, x), "b": (x, x + np.sin(9 * x))}).axes
-    exact_band, noisy_band = (panel.collections[0].get_paths()[0].vertices for panel in (exact, noisy))
-    assert np.abs(exact_band[:, 1] - exact_band[:, 0]).max() == pytest.approx(0, abs=1e-6)
-    assert np.abs(noisy_band[:, 1] - noisy_band[:, 0]).max() > 0.3

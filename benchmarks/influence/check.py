@@ -23,7 +23,7 @@ from curvlib.parameters import trainable
 from tests import cases
 
 LARGE, SMALL = 1e4, 0.1  # of the mean curvature that a chat sees
-ROUNDING = 0.02  # curvlib keeps gradients in bfloat16, 0.2 % each; bitsandbytes' own product rounds as much
+ROUNDING = 0.02  # products in bfloat16 are 0.2 % off; bitsandbytes' own product rounds as much
 LEAST = 0.85  # rank correlation with the exact scores; 0.91 to 0.94 for all methods here
 BENT = 0.25  # cosine of the changes; 0.42 for 16 chats' sampled Fisher matrix, 0.87 to 0.95 for the others
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from benchmarks.influence.peers import bergson, dattri, kronfluence
 from benchmarks.influence.work import Score, Work
-from curvlib.influence.gradients import example_gradients, query_gradients
-from curvlib.influence.scores import build_inverse, influence
+from curvlib.influence.gradients import inner_products, query_gradients
+from curvlib.influence.scores import build_inverse
 from curvlib.nf4 import bfloat16_products, four_bit_layers
 
 
@@ -30,11 +31,14 @@ class Contestant:
 
 
 def ours(method: str, model: nn.Module, work: Work) -> Tensor:
-    """Score with curvlib: chats' gradients in bfloat16, the inverse applied to each query."""
+    """Score with curvlib: the inverse applied to each query, then one pass over the chats that stores no gradient."""
     with bfloat16_products(model):
-        rows, wanted = example_gradients(model, work.examples, folder=work.folder), query_gradients(model, work.queries)
+        wanted = query_gradients(model, work.queries)
     inverse = build_inverse(method, model, work.seen, damping=work.damping)
-    return influence(rows, wanted, inverse).float().cpu()
+    directions = torch.stack([inverse(query) for query in wanted])
+    with bfloat16_products(model):
+        products, _ = inner_products(model, work.examples, directions)
+    return -products.float().cpu()
 
 
 PEERS: tuple[tuple[str, str, Score], ...] = (

@@ -91,7 +91,7 @@ def influence(solve: Callable[..., Any], student: str, output_dir: str = "") -> 
     from curvlib.batches import make_batches, spread
     from curvlib.curvature.lowrank import sampled_fisher
     from curvlib.influence import recipe, validate
-    from curvlib.influence.gradients import BATCH_SIZE, example_gradients, query_gradients
+    from curvlib.influence.gradients import BATCH_SIZE, inner_products, query_gradients
     from curvlib.influence.scores import RULE
     from curvlib.landscape.directions import multiply_adapter
     from curvlib.report import Results
@@ -108,7 +108,7 @@ def influence(solve: Callable[..., Any], student: str, output_dir: str = "") -> 
     seen = make_batches(spread(examples, tier.influence_curvature), BATCH_SIZE, pad_id=0)
     fisher = sampled_fisher(model, seen, samples=1, seed=seed)
     direction = torch.as_tensor(solve(fisher.rows, RULE * fisher.scale, query)).to(query)
-    suspicion = example_gradients(model, examples).dot(direction[None])[0][shown]  # minus the influence
+    suspicion = inner_products(model, examples, direction[None])[0][0, shown]  # minus the influence
     poisoned = torch.tensor(flags)[shown]
     area, noise = (
         validate.auroc(each, poisoned, seed=seed)

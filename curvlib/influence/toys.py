@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, normalize
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from curvlib import models
@@ -22,7 +22,7 @@ from curvlib.errors import CurvlibError
 from curvlib.evaluate.likelihood import token_losses
 from curvlib.influence import validate
 from curvlib.influence.gradients import example_gradients, query_gradients
-from curvlib.influence.scores import METHODS, build_inverse, cosine, influence
+from curvlib.influence.scores import METHODS, build_inverse, influence
 from curvlib.parameters import assign, flatten, trainable, unflatten
 
 VOCABULARY = 32
@@ -161,7 +161,7 @@ def transformer_case(seed: int, methods: Sequence[str] = METHODS) -> tuple[Toy, 
     found = {
         name: influence(rows, wanted, build_inverse(name, case.model, case.examples, damping=RIDGE)) for name in methods
     }
-    return case, actual, {**found, "cosine": cosine(rows, wanted)}
+    return case, actual, {**found, "cosine": -normalize(wanted) @ normalize(rows).T}
 
 
 def ridge_case(seed: int, points: int = 100) -> tuple[Tensor, Tensor]:

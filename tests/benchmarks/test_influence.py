@@ -30,7 +30,8 @@ FAULTS: dict[str, tuple[str, Callable[[nn.Module, Work], Tensor]]] = {
     "scale": ("other scores: 0.5 away", lambda model, work: 1.5 * RIGHT(model, work)),
     "order": ("other scores", lambda model, work: RIGHT(model, work).roll(1, dims=1)),
     "damping": ("other scores: 0.5 away", lambda model, work: RIGHT(model, replace(work, damping=2 * work.damping))),
-    "none": ("another curvature", lambda m, work: 1e4 * RIGHT(m, replace(work, damping=1e4 * work.damping))),
+    # so far above the curvature that its effect is lost in rounding
+    "none": ("another curvature", lambda m, work: 1e10 * RIGHT(m, replace(work, damping=1e10 * work.damping))),
 }
 
 

@@ -1,8 +1,7 @@
-"""Gradients of single chats: equal to one backward pass a chat, in memory and on disk; nonsense is refused."""
+"""Gradients of single chats: equal to one backward pass a chat, as rows and as inner products; nonsense is refused."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ from torch import nn
 
 from curvlib.batches import IGNORED, Example, answer_loss, taken_apart
 from curvlib.errors import CurvlibError
-from curvlib.influence.gradients import Gradients, example_gradients, in_batches, query_gradients
+from curvlib.influence.gradients import example_gradients, in_batches, inner_products, query_gradients
 from curvlib.parameters import trainable
 from tests import cases
 
@@ -33,7 +32,7 @@ def test_rows_are_the_gradients_of_single_chats_in_the_order_given(batch_size: i
     model, twin = cases.pair()
     count = tokens(CHATS)
     exact = one_by_one(twin, CHATS)
-    found = example_gradients(model, CHATS, batch_size=batch_size).rows()
+    found = example_gradients(model, CHATS, batch_size=batch_size)
     assert cases.relative_error(found, exact * (count / count.sum())[:, None]) < 1e-5
     assert cases.relative_error(query_gradients(model, CHATS, batch_size=batch_size), exact) < 1e-5
 
@@ -49,7 +48,7 @@ def test_rows_add_up_to_the_gradient_of_the_mean_loss() -> None:
     model, _ = cases.pair()
     ((_, whole),) = in_batches(CHATS, len(CHATS))
     exact = cases.explicit_gradients(answer_loss(model, whole)[None], list(trainable(model).values()))[0]
-    assert cases.relative_error(example_gradients(model, CHATS).rows().sum(0), exact) < 1e-5
+    assert cases.relative_error(example_gradients(model, CHATS).sum(0), exact) < 1e-5
 
 
 def test_a_trained_bias_is_refused() -> None:
@@ -72,44 +71,14 @@ def test_no_dequantised_weight_is_kept() -> None:
     assert (cases.INTERMEDIATE, cases.HIDDEN) in saved.shapes
 
 
-def test_files_hold_the_same_and_are_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inner_products_are_those_of_the_rows_and_a_swapped_chat_is_seen() -> None:
     model, _ = cases.pair()
-    memory, disk = (example_gradients(model, CHATS, folder=folder, batch_size=2) for folder in (None, tmp_path))
-    names = sorted(path.name for path in tmp_path.iterdir())
-    assert [name.split("-")[2:] for name in names] == [["2", f"{n:04}.safetensors"] for n in range(3)]
-    vectors = cases.random(3, memory.size, dtype=torch.float32)
-    assert cases.relative_error(disk.dot(vectors), memory.dot(vectors)) < 1e-2  # bfloat16
-    assert cases.relative_error(disk.norms(), memory.norms()) < 1e-2
-    assert cases.relative_error(memory.dot(vectors), vectors @ memory.rows().T) < 1e-5
-    monkeypatch.setattr("curvlib.influence.gradients.chat_gradients", None)
-    again = example_gradients(model, CHATS, folder=tmp_path, batch_size=2)
-    assert torch.equal(again.dot(vectors), disk.dot(vectors))
-
-
-def test_files_of_other_chats_scales_or_parameters_are_not_taken_over(tmp_path: Path) -> None:
-    model = cases.nf4_llama()  # its own: the shared pair must stay as it is
-    example_gradients(model, CHATS, folder=tmp_path)
-
-    def agrees(chats: list[Example], **scale: bool) -> bool:
-        stored, fresh = (example_gradients(model, chats, folder=folder, **scale).rows() for folder in (tmp_path, None))
-        return cases.relative_error(stored, fresh) < 1e-2
-
-    assert agrees(CHATS[::-1])
-    assert agrees(CHATS[:2])
-    assert agrees(CHATS, own_mean=True)
-    with torch.no_grad():
-        next(iter(trainable(model).values())).mul_(2.0)
-    assert agrees(CHATS)
-
-
-def test_a_damaged_or_foreign_file_is_one_line(tmp_path: Path) -> None:
-    model, _ = cases.pair()
-    found = example_gradients(model, CHATS[:2], folder=tmp_path)
-    with pytest.raises(CurvlibError, match=r"holds rows of shape .* expected \(k, 3\)"):
-        list(Gradients(2, 3, found.shards))
-    next(tmp_path.iterdir()).write_bytes(b"tea")
-    with pytest.raises(CurvlibError, match="holds no gradients that can be read"):
-        list(found)
+    rows = example_gradients(model, CHATS)
+    vectors = cases.random(3, rows.shape[1], dtype=torch.float32)
+    products, lengths = inner_products(model, CHATS, vectors, batch_size=2)
+    assert cases.relative_error(products, vectors @ rows.T) < 1e-5
+    assert cases.relative_error(lengths, rows.norm(dim=1)) < 1e-5
+    assert cases.relative_error(products[:, [1, 0, 2, 3, 4]], vectors @ rows.T) > 0.1
 
 
 LONG = Example((1,) * 65, (IGNORED,) * 64 + (1,))
@@ -133,6 +102,5 @@ def test_a_model_without_trainable_parameters_is_one_line() -> None:
 
 @pytest.mark.parametrize("shape", [(2,), (1, 5), (0, 3, 1)])
 def test_vectors_of_another_shape_are_one_line(shape: tuple[int, ...]) -> None:
-    rows = Gradients(1, 3, ((torch.tensor([0]), torch.ones(1, 3)),))
-    with pytest.raises(CurvlibError, match=r"expected \(m, 3\)"):
-        rows.dot(torch.ones(shape))
+    with pytest.raises(CurvlibError, match=r"expected \(k, \d+\)"):
+        inner_products(cases.pair()[0], CHATS, torch.ones(shape))

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import normalize
 
 from curvlib import models, stages
 from curvlib.batches import Example
 from curvlib.evaluate.likelihood import token_losses
 from curvlib.influence import recipe, retraining
+from curvlib.influence.gradients import example_gradients, query_gradients
 from curvlib.influence.recipe import Method
 from curvlib.parameters import trainable
 from curvlib.stages import FineTune
@@ -42,22 +44,11 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tier:
     monkeypatch.setattr(stages, "fine_tuning_set", lambda *_: chats(12, 0))
     monkeypatch.setattr(stages, "pad_id", lambda _: 0)
     monkeypatch.setattr(models, "load_tokenizer", lambda _: None)
-    asked = {"compliance": chats(2, 1), "refusal": chats(2, 2), "task": chats(2, 3)}
-    monkeypatch.setattr(recipe, "queries", lambda _: asked)
+    monkeypatch.setattr(recipe, "queries", lambda _: {"compliance": chats(2, 1), "refusal": chats(2, 2)})
     return TIER
 
 
-def test_other_queries_are_scored_with_the_main_inverse(tiny: Tier, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, found = recipe.queries(tiny), recipe.scores(tiny, TUNED)["fisher"]
-    assert set(found.others) == {"refusal", "task"}
-    for kind, values in found.others.items():
-        monkeypatch.setattr(recipe, "queries", lambda _, kind=kind: {"compliance": asked[kind]})
-        alone = recipe.scores(tiny, TUNED)["fisher"]
-        assert cases.relative_error(values, alone.values.mean(dim=0)) < 1e-4
-        assert not alone.others
-
-
-def test_scores_are_made_once_and_leave_no_gradients(tiny: Tier, tmp_path: Path, monkeypatch: Any) -> None:
+def test_scores_are_made_once(tiny: Tier, monkeypatch: Any) -> None:
     methods = [*recipe.MAIN, Method("ekfac", 1.0), Method("cg")]
     found = recipe.scores(tiny, TUNED, methods)
     assert list(found) == ["fisher", *recipe.BASELINES, "ekfac, damping × 10", "cg"]
@@ -67,7 +58,12 @@ def test_scores_are_made_once_and_leave_no_gradients(tiny: Tier, tmp_path: Path,
     assert found["cg"].costs["products"] > 0 == found["fisher"].costs["products"]
     assert found["ekfac, damping × 10"].costs["damping"] == pytest.approx(10 * found["fisher"].costs["damping"])
     assert torch.equal(found["fisher"].suspicion, -found["fisher"].values.mean(0))
-    assert not list(tmp_path.rglob("gradients*"))
+    model, asked = cases.nf4_llama(), recipe.queries(tiny)["compliance"]
+    rows, pulls = example_gradients(model, chats(12, 0)), query_gradients(model, asked)
+    expected = {"dot product": -pulls @ rows.T, "cosine": -normalize(pulls) @ normalize(rows).T}
+    expected["gradient norm"] = -rows.norm(dim=1).expand(2, -1)
+    for name, values in expected.items():
+        assert cases.relative_error(found[name].values, values) < 1e-2  # bfloat16 where the processor has it
     monkeypatch.setattr(stages, "load_fine_tuned", None)
     assert torch.equal(recipe.scores(tiny, TUNED, methods)["cg"].values, found["cg"].values)
 
@@ -112,3 +108,5 @@ def test_a_retrained_model_saw_its_part_alone_and_is_kept(tiny: Tier, monkeypatc
 
 def test_the_last_chats_are_the_poison(tiny: Tier) -> None:
     assert recipe.training_set(tiny, TUNED)[1] == [False] * 9 + [True] * 3
+    fewer = replace(tiny, tune_examples=24)  # asked for more chats than there are
+    assert recipe.training_set(fewer, TUNED)[1] == [False] * 9 + [True] * 3

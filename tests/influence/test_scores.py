@@ -1,8 +1,7 @@
-"""Scores: the sign is that of training, tokens and groups add up, baselines are what they say, nonsense is refused."""
+"""Scores: the sign is that of training, baselines are what they say, nonsense is refused."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,23 +9,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from curvlib.batches import IGNORED, make_batches, taken_apart
-from curvlib.curvature.inverse import damped_inverse
+from curvlib.batches import make_batches, taken_apart
 from curvlib.curvature.lowrank import sampled_fisher
 from curvlib.errors import CurvlibError
 from curvlib.evaluate.likelihood import token_losses
 from curvlib.influence import scores
-from curvlib.influence.gradients import Gradients, example_gradients, query_gradients
+from curvlib.influence.gradients import example_gradients, query_gradients
 from curvlib.influence.toys import toy
 from curvlib.parameters import shifted, trainable
 from tests import cases
 
 CHATS = taken_apart(cases.batches(count=6, size=3))
 TRAIN, ASKED = CHATS[:4], CHATS[4:]
-
-
-def held(rows: Tensor) -> Gradients:
-    return Gradients(len(rows), rows.shape[1], ((torch.arange(len(rows)), rows),))
 
 
 def losses(model: Any, chats: Any) -> Tensor:
@@ -36,8 +30,8 @@ def losses(model: Any, chats: Any) -> Tensor:
 def test_the_sign_is_what_a_training_step_on_the_chat_does() -> None:
     model, _ = cases.pair()
     rows = example_gradients(model, TRAIN)
-    found, step = scores.dot_product(rows, query_gradients(model, ASKED)), 0.2
-    for number, row in enumerate(rows.rows()):
+    found, step = scores.influence(rows, query_gradients(model, ASKED), torch.clone), 0.2
+    for number, row in enumerate(rows):
         with shifted(trainable(model), -step * row):  # one step of gradient descent on this chat
             after = losses(model, ASKED)
         with shifted(trainable(model), step * row):
@@ -46,44 +40,14 @@ def test_the_sign_is_what_a_training_step_on_the_chat_does() -> None:
         assert cases.relative_error(-step * found[:, number], change) > 1  # the check can fail
 
 
-def test_training_on_the_query_itself_lowers_its_loss() -> None:
-    model, _ = cases.pair()
-    rows, asked = example_gradients(model, TRAIN), query_gradients(model, TRAIN)
-    for values in (scores.dot_product(rows, asked), scores.cosine(rows, asked)):
-        assert (values.diagonal() < 0).all()
-    assert scores.cosine(rows, asked).diagonal().tolist() == pytest.approx([-1.0] * 4, abs=1e-4)
-
-
 def test_influence_is_the_inner_product_in_the_inverse_metric() -> None:
     rows, asked, matrix = cases.random(5, 8), cases.random(2, 8, seed=1), cases.spd(8)
-    found = scores.influence(held(rows), asked, partial(torch.linalg.solve, matrix))
+    found = scores.influence(rows, asked, partial(torch.linalg.solve, matrix))
     assert cases.relative_error(found, -asked @ torch.linalg.inv(matrix) @ rows.T) < 1e-10
-    assert torch.equal(scores.influence(held(rows), asked, torch.clone), scores.dot_product(held(rows), asked))
-
-
-def test_tokens_add_up_to_the_chat() -> None:
-    model, _ = cases.pair()
-    rows, direction = example_gradients(model, TRAIN), query_gradients(model, ASKED)[0]
-    found = scores.token_influence(model, TRAIN, direction, batch_size=2)
-    assert [len(values) for values in found] == [len(e.labels) - e.labels.count(IGNORED) for e in TRAIN]
-    whole = -rows.dot(direction[None])[0]
-    assert cases.relative_error(torch.stack([values.sum() for values in found]), whole) < 1e-4
-
-
-def test_groups_add_up_to_all() -> None:
-    values = cases.random(2, 5)
-    found = scores.group_influence(values, ["poison", "clean", "poison", "task", "clean"])
-    assert list(found) == ["poison", "clean", "task"]
-    assert torch.allclose(found["poison"], values[:, 0] + values[:, 2])
-    assert torch.allclose(torch.stack(list(found.values())).sum(0), values.sum(1))
-    with pytest.raises(CurvlibError, match="give one group a chat"):
-        scores.group_influence(values, ["one"])
 
 
 def test_baselines_are_what_they_say() -> None:
     model, _ = cases.pair()
-    rows = example_gradients(model, TRAIN)
-    assert torch.allclose(scores.gradient_norm(rows), -rows.rows().norm(dim=1))
     assert torch.allclose(scores.loss_baseline(model, TRAIN).double(), -losses(model, TRAIN))
     similar = scores.embedding_similarity(model, TRAIN, TRAIN)
     assert similar.diagonal().tolist() == pytest.approx([-1.0] * 4, abs=1e-4)
@@ -92,15 +56,12 @@ def test_baselines_are_what_they_say() -> None:
         scores.embedding_similarity(model, [], TRAIN)
 
 
-@pytest.mark.parametrize("score", [scores.dot_product, scores.cosine, partial(scores.influence, solve=torch.clone)])
 @pytest.mark.parametrize(
     ("queries", "message"), [(torch.zeros(0, 8), "give at least one query"), (torch.ones(2, 9), r"expected \(m, 8\)")]
 )
-def test_no_query_and_other_parameters_are_one_line(
-    score: Callable[[Gradients, Tensor], Tensor], queries: Tensor, message: str
-) -> None:
+def test_no_query_and_other_parameters_are_one_line(queries: Tensor, message: str) -> None:
     with pytest.raises(CurvlibError, match=message) as caught:
-        score(held(torch.ones(3, 8)), queries)
+        scores.influence(torch.ones(3, 8), queries, torch.clone)
     assert "\n" not in str(caught.value)
 
 
@@ -114,18 +75,6 @@ def test_damping_follows_the_rule_and_is_the_same_for_all() -> None:
         assert scores.build_inverse(name, CASE.model, CASE.examples).damping == pytest.approx(expected, rel=1e-5)
     other = scores.build_inverse("ekfac", CASE.model, CASE.examples, factor=1.0)
     assert other.damping == pytest.approx(10 * expected)
-
-
-def test_the_displacement_of_a_set_is_the_restoration_step() -> None:
-    chats = make_batches(CASE.examples, 8, pad_id=0)
-    fisher = sampled_fisher(CASE.model, chats)
-    metric = damped_inverse("ekfac", CASE.model, chats, damping=0.5 * fisher.scale)
-    inverse = scores.build_inverse("ekfac", CASE.model, CASE.examples, damping=0.5 * fisher.scale)
-    b = cases.random(fisher.size, dtype=torch.float32)
-    step = scores.displacement(CASE.model, inverse, b)
-    assert torch.cosine_similarity(step, -metric(b), dim=0) > 1 - 1e-5
-    with pytest.raises(CurvlibError, match=rf"a gradient of shape \(3,\) was given, expected \({fisher.size},\)"):
-        scores.displacement(CASE.model, inverse, torch.ones(3))
 
 
 @pytest.mark.parametrize(
