@@ -1,7 +1,7 @@
 """The process that holds one submission: it reads the notebook's definitions and calls its functions for the grader.
 
-The grader runs ``python -m curvlib.exercises.answers SECONDS values|bare NOTEBOOK`` in an empty folder. Calls come in
-as pickles of the grader's own making; results go out as JSON, which cannot carry code.
+The grader runs ``python -m curvlib.exercises.answers SECONDS`` in an empty folder. The notebook's path and then calls
+come in as pickles of the grader's own making; replies go out as a line of JSON each, which cannot carry code.
 """
 
 import ast
@@ -79,7 +79,7 @@ def define(path: Path, kinds: tuple[type, ...]) -> tuple[dict[str, Any], list[st
     return names, remarks
 
 
-def main(seconds: str, kinds: str, notebook: str) -> None:
+def main(seconds: str) -> None:
     """Serve calls until the grader closes the pipe, within limits on CPU, memory and the size of a file."""
     import resource  # here, because it is missing on Windows, where only reading and releasing work
 
@@ -91,7 +91,8 @@ def main(seconds: str, kinds: str, notebook: str) -> None:
         os.dup2(os.open(os.devnull, os.O_RDWR), descriptor)
     print(json.dumps("ready"), file=replies)
     try:
-        names, remarks = define(Path(notebook), DEFINITIONS + (VALUES if kinds == "values" else ()))
+        notebook, kinds = pickle.load(calls)  # noqa: S301 - from the grader
+        names, remarks = define(notebook, DEFINITIONS + (VALUES if kinds == "values" else ()))
     except (ValueError, LookupError, TypeError, RecursionError):
         names, remarks = {}, ["the file is no notebook: ask for it again"]
     functions = sorted(name for name, value in names.items() if callable(value))

@@ -50,24 +50,20 @@ class Submission:
     def start(self) -> dict[str, Any]:
         """Start the process and wait until it has read the notebook's definitions."""
         environment = {"HOME": self.home, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": os.environ["PATH"]}
-        arguments = [str(int(10 * self.seconds)), self.kinds, str(self.notebook)]
         self.process = psutil.Popen(
-            [sys.executable, "-m", "curvlib.exercises.answers", *arguments],
+            [sys.executable, "-m", "curvlib.exercises.answers", str(int(10 * self.seconds))],
             **{"cwd": self.home, "env": environment, "start_new_session": True},
             **{"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL},
         )
         self.reply(LOADING)
-        ready: dict[str, Any] = self.reply(self.seconds)
+        ready: dict[str, Any] = self.ask(self.notebook, self.kinds)
         return ready
 
     def call(self, name: str, *arguments: Any) -> Any:
         """The result of a function of the submission, which leaves its marks on the arguments as it would do here."""
         if self.process.poll() is not None:
             self.start()
-        with suppress(BrokenPipeError):  # then no reply comes either
-            pickle.dump((name, arguments), self.process.stdin)
-            self.process.stdin.flush()
-        reply = self.reply(self.seconds)
+        reply = self.ask(name, arguments)
         if reply.get("error") == "NotImplementedError":
             raise NotImplementedError
         if "error" in reply:
@@ -78,6 +74,13 @@ class Submission:
             elif change is not None:
                 argument.data.copy_(change)
         return reply["result"]
+
+    def ask(self, *question: Any) -> Any:
+        """The reply to a question, of which the process expects one at a time."""
+        with suppress(BrokenPipeError):  # then no reply comes either
+            pickle.dump(question, self.process.stdin)
+            self.process.stdin.flush()
+        return self.reply(self.seconds)
 
     def reply(self, seconds: float) -> Any:
         """One line from the process; LostError where it comes too late, is too long or is no JSON."""
@@ -97,9 +100,10 @@ class Submission:
     def stop(self) -> None:
         """End the process and all that it started."""
         with suppress(OSError), self.process:  # leaving it closes its pipes and waits for it
-            for process in self.process.children(recursive=True):
-                with suppress(psutil.NoSuchProcess):
-                    process.kill()
+            with suppress(psutil.NoSuchProcess):  # the leader is gone
+                for process in self.process.children(recursive=True):
+                    with suppress(psutil.NoSuchProcess):
+                        process.kill()
             os.killpg(self.process.pid, signal.SIGKILL)
 
 
