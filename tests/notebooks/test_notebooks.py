@@ -25,6 +25,7 @@ PENDING = {
     "01_fine_tuning_degradation",
     "03_landscape_geometry",
     "04_influence_functions",
+    "06_robustness",
     "09_report",
 }
 DEFAULTS = {"tier": "cpu", "seed": 0, "output_dir": ""}
