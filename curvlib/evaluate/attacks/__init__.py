@@ -1,0 +1,1 @@
+"""Attacks on refusals, each beside a control that does something; nothing that they make is written to disk."""
