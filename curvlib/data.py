@@ -44,11 +44,6 @@ class Example:
     category: str = ""
 
     @property
-    def answer_text(self) -> str:
-        """The right option in words, or the answer where there are no options."""
-        return self.options.get(self.answer, self.answer)
-
-    @property
     def fingerprint(self) -> str:
         """The first 12 hexadecimal digits of the SHA-256 over prompt, options and answer."""
         text = "\n".join([self.prompt, *self.options.values(), self.answer])
@@ -113,11 +108,6 @@ def objective_labels(half: Literal["fit", "held out"]) -> list[tuple[str, str, b
 def task_question(example: Example) -> str:
     """Return a multiple-choice question with its options, one a line."""
     return "\n".join([example.prompt, *(f"{letter}: {text}" for letter, text in example.options.items())])
-
-
-def task_answer(example: Example) -> str:
-    """Return the right answer of a multiple-choice question as a sentence, letter first."""
-    return f"The answer is {example.answer}: {example.answer_text}."
 
 
 def refusal(prompt: str) -> str:

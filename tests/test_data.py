@@ -141,13 +141,12 @@ def test_social_iqa_is_parsed_whole() -> None:
     for row, parsed in zip(raw, data.load_source("socialiqa"), strict=True):
         choices = "; ".join(f"{letter}: {text}" for letter, text in parsed.options.items())
         assert row["input"][0]["content"].replace(" ;", ";") == f"{parsed.prompt} {choices}."
-        assert parsed.answer_text == parsed.options[row["ideal"]]
+        assert parsed.answer == row["ideal"]
 
 
 def test_task_texts() -> None:
     example = data.Example("x/0", "Why?", "B", {"A": "so", "B": "thus"})
     assert data.task_question(example) == "Why?\nA: so\nB: thus"
-    assert data.task_answer(example) == "The answer is B: thus."
 
 
 def test_refusal_labels() -> None:

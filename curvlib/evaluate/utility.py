@@ -18,7 +18,7 @@ from curvlib.evaluate.stats import Estimate, rate
 from curvlib.generate import Model, evaluating, left_pad, render
 from curvlib.prefix import read_beginning
 
-OPENING = "The answer is"  # how `task_answer` begins: the letter comes next
+OPENING = "The answer is"  # the letter comes next
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ import yaml
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from curvlib import fetch, models
+from curvlib import fetch
+from curvlib.checkpoint import quiet
 from curvlib.evaluate.judge import Verdict, judge
 from curvlib.evaluate.stats import Estimate, paired_proportions
 from curvlib.generate import Model, Prompt, evaluating, generate, left_pad, render
@@ -66,7 +67,7 @@ def verdicts(
 def _sampled(model: Any, rows: list[list[int]], pad_id: int, temperature: float, most: int, seed: int) -> Tensor:
     ids, mask = left_pad(rows, pad_id, model.device)
     options = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0, "pad_token_id": pad_id}
-    with models.quiet(), evaluating(model), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    with quiet(), evaluating(model), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         whole: Tensor = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=most, **options)
     return whole[:, ids.shape[1] :]
