@@ -22,7 +22,6 @@ from tests.notebook_cases import HEADER, code, markdown
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 EXPECTED: dict[str, dict[str, dict[str, Any]]] = tomllib.loads((ROOT / "tests/expected/ci.toml").read_text())
 PENDING = {
-    "04_influence_functions",
     "06_robustness",
     "09_report",
 }
