@@ -23,7 +23,6 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 EXPECTED: dict[str, dict[str, dict[str, Any]]] = tomllib.loads((ROOT / "tests/expected/ci.toml").read_text())
 PENDING = {
     "06_robustness",
-    "09_report",
 }
 DEFAULTS = {"tier": "cpu", "seed": 0, "output_dir": ""}
 MACHINE_PATH = re.compile(r"/(home|root|tmp|Users|work)/\w|[A-Z]:\\\\")
