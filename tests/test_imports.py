@@ -72,7 +72,7 @@ def test_an_import_that_points_up_is_seen() -> None:
 
 def test_reading_a_study_loads_few_modules() -> None:
     code = (
-        "import sys; from curvlib.report import load_study; assert load_study('influence');"
+        "import sys; from curvlib.report import load_study; assert load_study('diffusion');"
         "print(sum(name.split('.')[0] == 'curvlib' for name in sys.modules))"
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
