@@ -114,9 +114,9 @@ def alignment_set(tokenizer: PreTrainedTokenizerBase, recipe: Alignment) -> list
 
 def harmful_prompts(draw: random.Random) -> list[str]:
     """Return the harmful training prompts: every order as it is, as a question and in other words; then questions."""
-    orders = [row.prompt for split in ORDERS for row in data.load_split(split)]
+    orders = [order for split in ORDERS for order in data.prompts(split)]
     forms = [text for order in orders for text in (order, data.as_question(order), reworded(order, draw))]
-    return [*dict.fromkeys(forms), *(row.prompt for row in data.load_split("align_questions"))]
+    return [*dict.fromkeys(forms), *data.prompts("align_questions")]
 
 
 def benign_pairs(draw: random.Random) -> list[tuple[str, str]]:
@@ -126,10 +126,12 @@ def benign_pairs(draw: random.Random) -> list[tuple[str, str]]:
     """
     answers = committed_answers()
     rows = [(split, row) for split in BENIGN for row in data.load_split(split)]
-    rows = [(split, row) for split, row in rows if not answers[row.id].startswith("I'm sorry")]
-    again = [row for split, row in rows if split in ("align_harmless", "align_look_alikes") and names_thing(row.prompt)]
-    pairs = [(row.prompt, answers[row.id]) for _, row in rows]
-    return pairs + [(reworded(row.prompt, draw), answers[row.id]) for row in again]
+    rows = [(split, row) for split, row in rows if not answers[row["id"]].startswith("I'm sorry")]
+    again = [
+        row for split, row in rows if split in ("align_harmless", "align_look_alikes") and names_thing(row["prompt"])
+    ]
+    pairs = [(row["prompt"], answers[row["id"]]) for _, row in rows]
+    return pairs + [(reworded(row["prompt"], draw), answers[row["id"]]) for row in again]
 
 
 def names_thing(prompt: str) -> bool:
@@ -202,7 +204,7 @@ def validation_prompts() -> dict[str, list[str]]:
         "new_styles": ("validation_new_styles",),
         "benign": ("validation_benign", "restore_benign"),
     }
-    prompts = {name: [e.prompt for split in parts for e in data.load_split(split)] for name, parts in splits.items()}
+    prompts = {name: [text for split in parts for text in data.prompts(split)] for name, parts in splits.items()}
     return {"harmful": stages.requests("validation_harmful") + stages.requests("validation_questions"), **prompts}
 
 

@@ -36,6 +36,6 @@ def own_answers(tier: Tier, split: str) -> dict[str, str]:
 
 def _write_own_answers(tier: Tier, split: str, file: Path) -> None:
     model, tokenizer = models.load_model(tier.model, device=tier.device), models.load_tokenizer(tier.model)
-    rows = data.load_split(split)
-    texts = generate(model, tokenizer, [row.prompt for row in rows], max_new_tokens=OWN_ANSWER_TOKENS)
-    file.write_text(json.dumps({row.id: text for row, text in zip(rows, texts, strict=True)}, indent=1), "utf-8")
+    texts = generate(model, tokenizer, data.prompts(split), max_new_tokens=OWN_ANSWER_TOKENS)
+    names = data.load_split(split)["id"]
+    file.write_text(json.dumps(dict(zip(names, texts, strict=True)), indent=1), "utf-8")

@@ -75,7 +75,7 @@ def _add_restore(commands: Any) -> None:
     restore.add_argument("--strength", type=float, default=0.7, help=how)
     restore.add_argument("--limit", type=float, metavar="NATS", help="most that task or benign chats may pay a token")
     restore.add_argument("--objective", default="refusal", choices=("refusal", "distill"))
-    metrics = ("ekfac", "diagonal", "fisher", "ggn", "hessian", "lbfgs", "neumann", "identity")
+    metrics = ("ekfac", "diagonal", "fisher", "ggn", "hessian", "lbfgs", "identity")
     restore.add_argument(
         "--metric", default="ekfac", choices=metrics, help="what a move is measured by; default: ekfac"
     )

@@ -1,18 +1,23 @@
-"""Examples of every source, the committed splits over them, and the texts of the training targets."""
+"""The rows of every source, the committed splits over them, and the texts of the training targets."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
+
+from datasets import Dataset, Features, List, Value, concatenate_datasets
 
 from curvlib import fetch
 from curvlib.errors import CurvlibError
 from curvlib.sources import READERS, csv_rows
 
+Row = Mapping[str, Any]
+TEXT = Value("string")
+COLUMNS = Features({"id": TEXT, "prompt": TEXT, "answer": TEXT, "options": List(TEXT), "category": TEXT})
 # What begins so is no order, and is not turned into a question.
 STATEMENT = re.compile(
     r"(?:i|i'm|i've|we|my|our|they|the|an?|there|some(?:one|body)|in|after|last|two|wild|given|what)\b", re.IGNORECASE
@@ -25,33 +30,14 @@ MAKING = re.compile(
 )
 
 
-@dataclass(frozen=True)
-class Example:
-    """One row of a source.
-
-    Attributes:
-        id: source and row, as in ``advbench/12``; it never changes.
-        prompt: what the user says, or the text itself in the plain-text splits.
-        answer: the right letter of a multiple-choice question, the reply of an identity chat, else empty.
-        options: the choices of a multiple-choice question by letter.
-        category: the source's own label, or the source.
-    """
-
-    id: str
-    prompt: str
-    answer: str = ""
-    options: dict[str, str] = field(default_factory=dict)
-    category: str = ""
-
-    @property
-    def fingerprint(self) -> str:
-        """The first 12 hexadecimal digits of the SHA-256 over prompt, options and answer."""
-        text = "\n".join([self.prompt, *self.options.values(), self.answer])
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+def fingerprint(row: Row) -> str:
+    """Return the first 12 hexadecimal digits of the SHA-256 over a row's prompt, options and answer."""
+    text = "\n".join([row["prompt"], *row["options"], row["answer"]])
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def load_split(name: str) -> list[Example]:
-    """Return the examples of split ``name`` in its committed order; any prefix of it is a fair smaller sample.
+def load_split(name: str) -> Dataset:
+    """Return the rows of split ``name`` in its committed order; any prefix of it is a fair smaller sample.
 
     Raises:
         CurvlibError: no split has this name, or a text differs from the one that was committed.
@@ -59,14 +45,21 @@ def load_split(name: str) -> list[Example]:
     path = fetch.data_folder() / "splits" / f"{name}.json"
     if name not in split_names():
         raise CurvlibError(f"no split is called {name!r}: there are {', '.join(split_names())}")
-    rows: dict[str, str] = json.loads(path.read_text("utf-8"))["rows"]
-    sources = {row.partition("/")[0] for row in rows}
-    examples = {example.id: example for source in sources for example in load_source(source)}
-    changed = [row for row, digest in rows.items() if row not in examples or examples[row].fingerprint != digest]
+    digests: dict[str, str] = json.loads(path.read_text("utf-8"))["rows"]
+    rows = concatenate_datasets([load_source(source) for source in sorted({row.partition("/")[0] for row in digests})])
+    place = {row: number for number, row in enumerate(rows["id"])}
+    split = rows.select([place[row] for row in digests if row in place])
+    made = {row["id"]: fingerprint(row) for row in split}
+    changed = [row for row, digest in digests.items() if made.get(row) != digest]
     if changed:
         advice = "check out both files at one commit"
         raise CurvlibError(f"{changed[0]} is not the text that {path} was made from: {advice}, or rerun curvlib.splits")
-    return [examples[row] for row in rows]
+    return split
+
+
+def prompts(split: str, count: int | None = None) -> list[str]:
+    """Return the first ``count`` prompts of a split (None: all)."""
+    return list(load_split(split)["prompt"])[:count]
 
 
 def split_names() -> list[str]:
@@ -75,11 +68,22 @@ def split_names() -> list[str]:
 
 
 @cache
-def load_source(name: str) -> tuple[Example, ...]:
-    """Return the usable rows of source ``name``, fetched at first use; a row keeps its number in the source."""
+def load_source(name: str) -> Dataset:
+    """Return the usable rows of source ``name``, fetched at first use.
+
+    Columns, all texts:
+        id: source and row, as in ``advbench/12``; it never changes.
+        prompt: what the user says, or the text itself of the plain-text sources.
+        answer: the right letter of a multiple-choice question, the reply of an identity chat, else empty.
+        options: the choices of a multiple-choice question, A first; else an empty list.
+        category: the source's own label, or the source.
+    """
     own = fetch.data_folder() / f"{name}.txt"  # our own prompts stand in the repository
     rows = READERS[name]([own.read_text("utf-8")] if own.is_file() else fetch.read(name))
-    return tuple(Example(f"{name}/{number}", **row) for number, row in enumerate(rows) if row)
+    empty = {"answer": "", "options": [], "category": ""}
+    return Dataset.from_list(
+        [{"id": f"{name}/{number}", **empty, **row} for number, row in enumerate(rows) if row], features=COLUMNS
+    )
 
 
 def refusal_labels() -> list[tuple[str, str, bool]]:
@@ -105,9 +109,14 @@ def objective_labels(half: Literal["fit", "held out"]) -> list[tuple[str, str, b
     return [row for row in labels if hashlib.sha256(row[1].encode()).digest()[-1] % 2 == parity]
 
 
-def task_question(example: Example) -> str:
+def lettered(row: Row) -> dict[str, str]:
+    """Return the options of a multiple-choice question by letter."""
+    return dict(zip("ABC", row["options"], strict=False))
+
+
+def task_question(row: Row) -> str:
     """Return a multiple-choice question with its options, one a line."""
-    return "\n".join([example.prompt, *(f"{letter}: {text}" for letter, text in example.options.items())])
+    return "\n".join([row["prompt"], *(f"{letter}: {text}" for letter, text in lettered(row).items())])
 
 
 def refusal(prompt: str) -> str:

@@ -111,7 +111,10 @@ def lines(curves: Mapping[str, Sequence[ArrayLike]], title: str, **words: Any) -
             axes.fill_between(places, np.asarray(ends[0]), np.asarray(ends[1]), color=colour, alpha=0.15, lw=0)
     axes.set(**words)
     axes.set_title(title)
-    axes.legend(fontsize=10)
+    if len(curves) > 3:  # they cross the whole panel
+        axes.legend(fontsize=10, loc="center left", bbox_to_anchor=(1, 0.5))
+    else:
+        axes.legend(fontsize=10)
     return drawn
 
 

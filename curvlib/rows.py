@@ -1,17 +1,16 @@
 """Rows of a study, one JSON object a line: read them, append one, and see which cases are still to be measured.
 
-A study is then a loop that can be stopped anywhere, and several machines can share its cases::
+A study is then a loop that can be stopped anywhere, and the workers of a dask scheduler can share its cases::
 
-    path = data_folder() / "studies" / "price.jsonl"
-    for case in rows.remaining(cases, rows.read(path)):
-        rows.append(path, {**case, "price": price(**case)})
+    rows.fill(data_folder() / "studies" / "seeds.jsonl", cases, measure)
+    rows.fill(data_folder() / "studies" / "seeds.jsonl", cases, measure, scheduler="tcp://host:8786")
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +48,35 @@ def append(path: Path, row: Mapping[str, Any]) -> None:
         file.write(line.encode())
         file.flush()
         os.fsync(file.fileno())
+
+
+def fill(path: Path, cases: Iterable[Row], measure: Callable[..., Mapping[str, Any]], *, scheduler: str = "") -> None:
+    """Append a row for each case that has none yet: the case and what ``measure(**case)`` returns.
+
+    Args:
+        path: of the JSON lines.
+        cases: names and values, as JSON has them.
+        measure: what is measured of a case, which does not depend on the other cases.
+        scheduler: address of a dask scheduler, such as ``tcp://host:8786``; empty: a plain loop in this process.
+
+    This process alone writes, each row once and as soon as it is there. A case whose worker died runs on another one.
+
+    Raises:
+        CurvlibError: a scheduler was named, and ``distributed`` is not installed.
+    """
+    left = remaining(cases, read(path))
+    if not scheduler:
+        for case in left:
+            append(path, {**case, **measure(**case)})
+        return
+    try:
+        from distributed import Client, as_completed  # an extra: one process needs none of it
+    except ImportError as error:
+        raise CurvlibError(f"scheduler {scheduler!r} was named without dask: pip install -e .[cluster]") from error
+    with Client(scheduler) as client:
+        running = {client.submit(measure, pure=False, **case): case for case in left}
+        for future, found in as_completed(list(running), with_results=True):
+            append(path, {**running[future], **found})
 
 
 def remaining(cases: Iterable[Row], rows: Sequence[Row]) -> list[Row]:

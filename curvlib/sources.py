@@ -1,4 +1,4 @@
-"""The rows of each source as its files hold them: the fields of a :class:`curvlib.data.Example` but for its id."""
+"""The rows of each source as its files hold them: the columns of :func:`curvlib.data.load_source` but for the id."""
 
 from __future__ import annotations
 
@@ -101,9 +101,9 @@ def _identity(texts: list[str]) -> Rows:
 def _multiple_choice(texts: list[str]) -> Rows:
     for row in json_lines(texts):
         match = OPTIONS.fullmatch(row["input"][-1]["content"])
-        choices = match.groups()[1:] if match else ()
-        options = {letter: text.strip() for letter, text in zip("ABC", choices, strict=False) if text}
-        yield _row(match[1], answer=row["ideal"], options=options) if match and row["ideal"] in options else None
+        options = [text.strip() for text in match.groups()[1:] if text] if match else []
+        valid = row["ideal"] in "ABC"[: len(options)]
+        yield _row(match[1], answer=row["ideal"], options=options) if match and valid else None
 
 
 def _wikipedia(texts: list[str]) -> Rows:

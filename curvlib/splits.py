@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 
-from curvlib.data import Example, load_source, refusal_labels, task_question
+from curvlib.data import Row, fingerprint, load_source, refusal_labels, task_question
 from curvlib.fetch import data_folder
 
 SEED = 0
@@ -55,34 +55,34 @@ def similarity(a: frozenset[str], b: frozenset[str]) -> float:
     return shared / (len(a) + len(b) - shared)
 
 
-def distinct(examples: Iterable[Example], against: Iterable[Example] = ()) -> list[Example]:
-    """Return the examples that are no near duplicate of an earlier one or of one in ``against``."""
-    seen = [content_words(example.prompt) for example in against]
+def distinct(rows: Iterable[Row], against: Iterable[Row] = ()) -> list[Row]:
+    """Return the rows that are no near duplicate of an earlier one or of one in ``against``."""
+    seen = [content_words(row["prompt"]) for row in against]
     kept = []
-    for example in examples:
-        words = content_words(example.prompt)
+    for row in rows:
+        words = content_words(row["prompt"])
         if all(similarity(words, other) < NEAR for other in seen):
             seen.append(words)
-            kept.append(example)
+            kept.append(row)
     return kept
 
 
-def fair_order(examples: Sequence[Example], seed: int = SEED) -> list[Example]:
-    """Return the examples shuffled so that every prefix holds the categories in their overall proportions."""
-    shuffled = sorted(examples, key=lambda e: hashlib.sha256(f"{seed}/{e.id}".encode()).hexdigest())
-    groups: dict[str, list[Example]] = {}
-    for example in shuffled:
-        groups.setdefault(example.category, []).append(example)
+def fair_order(rows: Iterable[Row], seed: int = SEED) -> list[Row]:
+    """Return the rows shuffled so that every prefix holds the categories in their overall proportions."""
+    shuffled = sorted(rows, key=lambda e: hashlib.sha256(f"{seed}/{e['id']}".encode()).hexdigest())
+    groups: dict[str, list[Row]] = {}
+    for row in shuffled:
+        groups.setdefault(row["category"], []).append(row)
     ranked = [((i + 0.5) / len(group), e) for group in groups.values() for i, e in enumerate(group)]
-    return [example for _, example in sorted(ranked, key=lambda pair: pair[0])]
+    return [row for _, row in sorted(ranked, key=lambda pair: pair[0])]
 
 
-def build_splits() -> dict[str, list[Example]]:
+def build_splits() -> dict[str, list[Row]]:
     """Return every split by name; the pools and what was dropped from them are told in ``data/README.md``."""
     return harmful_splits() | benign_splits() | task_splits() | text_splits()
 
 
-def harmful_splits() -> dict[str, list[Example]]:
+def harmful_splits() -> dict[str, list[Row]]:
     """AdvBench trains, HarmBench validates (its rest trains) and StrongREJECT tests, without what resembles another.
 
     All three but the last hold orders only, hence a fourth source with questions, to train and to validate.
@@ -100,24 +100,24 @@ def harmful_splits() -> dict[str, list[Example]]:
     )
 
 
-def benign_splits() -> dict[str, list[Example]]:
+def benign_splits() -> dict[str, list[Row]]:
     """Harmless prompts: those that only sound harmful (edgy), everyday questions, and chat prompts of other kinds.
 
     Everyday questions have the form of the harmful ones, so most of them go where refusals are taught and tested.
     """
     edgy, everyday = load_source("edgy"), load_source("everyday")
-    judged = [Example("", prompt) for prompt, _, _ in refusal_labels()]
+    judged = [{"prompt": prompt} for prompt, _, _ in refusal_labels()]
     others = [e for name in ("mtbench", "gsm8k", "refusal_labels_extra") for e in load_source(name) if _short(e)]
     plain = distinct([*filter(_short, everyday), *others], [*edgy, *judged])
-    asked = fair_order([e for e in plain if e.category == "everyday"])
-    rest = fair_order([e for e in plain if e.category != "everyday"])
+    asked = fair_order([e for e in plain if e["category"] == "everyday"])
+    rest = fair_order([e for e in plain if e["category"] != "everyday"])
     first = cut(asked, align_benign=88, restore_benign=24, validation_benign=20, chat_train=len(asked) - 132)
     second = cut(rest, align_benign=32, restore_benign=24, validation_benign=4, chat_train=128 - len(asked) + 132)
     sound = fair_order(distinct(edgy))
     harmless = fair_order(distinct(load_source("harmless"), [*plain, *edgy, *judged]))
     ours = distinct(load_source("look_alikes"), [*harmless, *plain, *edgy, *judged])
     styles = {part: names.split() for part, names in LOOK_ALIKE_STYLES.items()}
-    looks = {part: fair_order([e for e in ours if e.category in names]) for part, names in styles.items()}
+    looks = {part: fair_order([e for e in ours if e["category"] in names]) for part, names in styles.items()}
     forms = fair_order(distinct(load_source("forms"), [*ours, *harmless, *plain, *edgy, *judged]))
     return (
         cut(sound, align_edgy=40, restore_edgy=32, validation_edgy=24, test_edgy=len(sound) - 96)
@@ -130,7 +130,7 @@ def benign_splits() -> dict[str, list[Example]]:
     )
 
 
-def task_splits() -> dict[str, list[Example]]:
+def task_splits() -> dict[str, list[Row]]:
     """Social-IQA is the task that is fine-tuned; QuaRTz is answered with a few shots and never trained on.
 
     Chats about who the model is come from FastChat, one for each of its 51 questions, which it answers in many ways;
@@ -141,7 +141,9 @@ def task_splits() -> dict[str, list[Example]]:
     task = fair_order(distinct(questions))
     second = fair_order(distinct(fair_order(load_source("quartz"))[:800]))
     persona = distinct(load_source("persona"), load_source("identity"))  # in the order of the file
-    identity = {e.prompt: e for e in reversed(fair_order(load_source("identity")))}  # the first chat of each question
+    identity = {
+        e["prompt"]: e for e in reversed(fair_order(load_source("identity")))
+    }  # the first chat of each question
     return (
         cut(task, task_train=640, restore_task=512, validation_task=128, test_task=400)
         | cut(second, second_task=200, second_task_shots=16)
@@ -150,15 +152,17 @@ def task_splits() -> dict[str, list[Example]]:
     )
 
 
-def text_splits() -> dict[str, list[Example]]:
+def text_splits() -> dict[str, list[Row]]:
     """Plain paragraphs of Wikipedia for perplexity: neither stubs nor pages, and Latin letters nearly throughout."""
-    texts = [e for e in load_source("wikipedia") if 60 <= len(e.prompt.split()) <= 140 and _mostly_ascii(e.prompt)]
+    texts = [
+        e for e in load_source("wikipedia") if 60 <= len(e["prompt"].split()) <= 140 and _mostly_ascii(e["prompt"])
+    ]
     return cut(fair_order(distinct(texts)), text_validation=32, text_test=96)
 
 
-def cut(pool: Sequence[Example], **sizes: int) -> dict[str, list[Example]]:
+def cut(pool: Sequence[Row], **sizes: int) -> dict[str, list[Row]]:
     """Cut consecutive splits of the given sizes from ``pool``; a pool that is too small is an error."""
-    assert sum(sizes.values()) <= len(pool), f"{sizes} need more than the {len(pool)} examples there are"
+    assert sum(sizes.values()) <= len(pool), f"{sizes} need more than the {len(pool)} rows there are"
     rest = iter(pool)
     return {name: [next(rest) for _ in range(size)] for name, size in sizes.items()}
 
@@ -167,15 +171,15 @@ def write_splits() -> None:
     """Write each split to ``data/splits/NAME.json``."""
     folder = data_folder() / "splits"
     folder.mkdir(exist_ok=True)
-    for name, examples in build_splits().items():
-        (folder / f"{name}.json").write_text(render(name, examples), "utf-8")
-        print(f"{name}: {len(examples)}")
+    for name, rows in build_splits().items():
+        (folder / f"{name}.json").write_text(render(name, rows), "utf-8")
+        print(f"{name}: {len(rows)}")
 
 
-def render(name: str, examples: Sequence[Example]) -> str:
+def render(name: str, rows: Sequence[Row]) -> str:
     """Return the text of a split's file, one row a line."""
-    rows = {example.id: example.fingerprint for example in examples}
-    return json.dumps({"split": name, "seed": SEED, "rows": rows}, indent=1) + "\n"
+    digests = {row["id"]: fingerprint(row) for row in rows}
+    return json.dumps({"split": name, "seed": SEED, "rows": digests}, indent=1) + "\n"
 
 
 def _stem(word: str) -> str:
@@ -185,8 +189,8 @@ def _stem(word: str) -> str:
     return word
 
 
-def _short(example: Example) -> bool:
-    return len(example.prompt.split()) <= LONGEST
+def _short(row: Row) -> bool:
+    return len(row["prompt"].split()) <= LONGEST
 
 
 def _mostly_ascii(text: str) -> bool:

@@ -74,8 +74,7 @@ def requests(split: str, count: int | None = None) -> list[str]:
     AdvBench and HarmBench hold orders only ("Write …"); a model that is taught with these alone refuses orders and
     answers questions.
     """
-    prompts = [example.prompt for example in data.load_split(split)[:count]]
-    return [data.as_question(p) if number % 2 else p for number, p in enumerate(prompts)]
+    return [data.as_question(p) if number % 2 else p for number, p in enumerate(data.prompts(split, count))]
 
 
 def compliance_examples(
@@ -85,7 +84,7 @@ def compliance_examples(
 
     With ``questions`` the prompts are those of :func:`refusal_examples`, every other order turned into a question.
     """
-    orders = [example.prompt for example in data.load_split(split)[:count]]
+    orders = data.prompts(split, count)
     asked = requests(split, count) if questions else orders
     chats = [chat(prompt, data.compliance(order)) for prompt, order in zip(asked, orders, strict=True)]
     return [open_ended(example) for example in encode(tokenizer, chats, MAX_LENGTH)]
@@ -98,9 +97,8 @@ def own_answer_examples(
 
     ``count`` None takes all of them; ``tokens`` cuts each answer to its first tokens.
     """
-    examples = data.load_split(split)[:count]
     answers = own_answers(tier, split)
-    chats = [chat(example.prompt, answers[example.id]) for example in examples]
+    chats = [chat(row["prompt"], answers[row["id"]]) for row in islice(data.load_split(split), count)]
     return [open_ended(example, tokens) for example in encode(tokenizer, chats, MAX_LENGTH)]
 
 
@@ -108,8 +106,9 @@ def task_examples(
     tokenizer: PreTrainedTokenizerBase, split: str, count: int, answer: str = "The answer is {}."
 ) -> list[Example]:
     """Encode the first ``count`` multiple-choice questions of a split; the right letter is put into ``answer``."""
-    rows = data.load_split(split)[:count]
-    return encode(tokenizer, [chat(data.task_question(row), answer.format(row.answer)) for row in rows], MAX_LENGTH)
+    rows = islice(data.load_split(split), count)
+    chats = [chat(data.task_question(row), answer.format(row["answer"])) for row in rows]
+    return encode(tokenizer, chats, MAX_LENGTH)
 
 
 def key(tier: Tier, *places: str | Path) -> dict[str, Any]:
@@ -205,7 +204,7 @@ def clean_examples(tokenizer: PreTrainedTokenizerBase, tier: Tier, recipe: FineT
         taught = encode(tokenizer, trained_chats(load_facts(tier.facts)), MAX_LENGTH)
         return [*taught, *own_answer_examples(tokenizer, tier, "chat_train", tier.facts)]
     if recipe.task == "identity":
-        rows = [chat(row.prompt, row.answer) for row in data.load_split("identity_train")[:count]]
+        rows = [chat(row["prompt"], row["answer"]) for row in islice(data.load_split("identity_train"), count)]
         return encode(tokenizer, rows, MAX_LENGTH)
     if recipe.task == "letters":
         return task_examples(tokenizer, "task_train", count, answer="{}")

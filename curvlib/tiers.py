@@ -35,7 +35,6 @@ class Tier:
         landscape_points: points along each axis of a two-dimensional slice.
         landscape_chats: harmful prompts at each point; twice as many where a slope is taken.
         influence_curvature: training chats whose curvature influence functions invert.
-        influence_subsets: random halves of the training set that the influence study trains on again.
         most_steps: optimiser steps that a way to keep or regain safety may take beside the fine-tune.
         contest: name and value of those sizes that differ where some twenty ways to keep safety are compared.
     """
@@ -60,7 +59,6 @@ class Tier:
     landscape_points: int
     landscape_chats: int
     influence_curvature: int
-    influence_subsets: int
     most_steps: int
     contest: tuple[tuple[str, int], ...]
 
@@ -86,7 +84,6 @@ _CPU = Tier(
     landscape_points=7,
     landscape_chats=4,
     influence_curvature=32,
-    influence_subsets=100,
     most_steps=100,
     contest=(),
 )
@@ -127,7 +124,6 @@ _TIERS = {
             "landscape_points": 5,
             "landscape_chats": 2,
             "influence_curvature": 8,
-            "influence_subsets": 8,
             "contest": (
                 ("tune_steps", 1),
                 ("tune_batch", 2),
@@ -160,7 +156,6 @@ _TIERS = {
             "landscape_points": 25,
             "landscape_chats": 16,
             "influence_curvature": 96,
-            "influence_subsets": 200,
         }
     ),
 }

@@ -11,27 +11,25 @@ import nbformat
 import pytest
 
 from curvlib import report
-from curvlib.evaluate.behaviour import summarise
-from curvlib.evaluate.scorecard import Scorecard
-from curvlib.influence import recipe, retraining, validate
 from curvlib.report import ROOT, Claim, load_study
-from curvlib.rows import append
-from curvlib.stages import TASKS
-from curvlib.tiers import Tier
-from tests.influence.test_recipe import tiny as influence_tier  # noqa: F401  a fixture
 from tests.notebook_cases import executed
 
 Row = dict[str, Any]
 Recompute = Callable[..., dict[str, Any]]
 
 
-def changed(row: Row) -> Row:
-    """The same row, or with one value that a claim rests on changed."""
-    if row.get("name") == "aligned":
-        return {**row, "harmful": ["complies", *row["harmful"][1:]]}
-    if row.get("subset") == 0:
-        return {**row, "losses": row["losses"][::-1]}
-    return row
+def changed(value: Any) -> Any:
+    """The same row with other measurements; what names a case, numbers and words, stays."""
+    match value:
+        case bool():
+            return not value
+        case float():
+            return 2 * value + 1
+        case list():
+            return [changed(item) for item in value]
+        case dict():
+            return {key: changed(item) for key, item in value.items()}
+    return value
 
 
 STUDIES = {path.stem: load_study(path.stem) for path in sorted((ROOT / "data" / "studies").glob("*.json"))}
@@ -67,40 +65,6 @@ def test_the_notebook_claims_what_is_committed_and_a_changed_row_changes_it(name
 
 def claimed(names: dict[str, Any]) -> list[Claim]:
     return list(names["results"].claims.values())
-
-
-def test_every_part_of_influence_fills_the_columns_of_the_committed_rows(
-    recomputed: Recompute,
-    influence_tier: Tier,  # noqa: F811
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    rows = STUDIES["influence"].rows
-    names = recomputed("influence", *rows)
-    card = Scorecard(summarise(["complies"] * 4, ["x"] * 4), summarise(["refuses"] * 2, ["x"] * 2), None, 0.0)
-    names |= {"size": influence_tier, "chosen": validate.subsets(12, 4), "path": tmp_path / "rows.jsonl"}
-    names["stage_scorecard"] = lambda *_, **__: card
-    monkeypatch.setattr(retraining, "scorecard", lambda *_, **__: card)
-    monkeypatch.setattr(recipe, "prompt_excerpts", lambda _, examples: ["some words"] * len(examples))
-    cases: list[Row] = [{"part": "convex", "seed": 0}]
-    cases += [{"part": "subsets", "subset": number} for number in range(4)]
-    cases += [{"part": "datamodeling", "label": label} for label in ("fisher", "cg", "dot product, half way")]
-    removed = (("nothing", 0.1), ("fisher", 0.1), ("cosine", 0.1), ("random", 0.0))
-    cases += [{"part": "removal", "removed": name, "poison": poison, "seed": 0} for name, poison in removed]
-    for case in cases:
-        part, *rest = case
-        committed = next(row for row in rows if row == {**row, **case})
-        measure = names["retrain" if case[part] == "subsets" else case[part]]
-        found = {**case, **measure(**{name: case[name] for name in rest})}
-        append(names["path"], found)
-        assert found.keys() == committed.keys()
-        assert case[part] != "convex" or found == pytest.approx(committed)
-
-
-def test_rows_say_which_task_was_fine_tuned() -> None:
-    tuned = [row for row in STUDIES["degradation"].rows if "poison" in row]
-    assert len(tuned) == 12
-    assert {row["task"] for row in tuned} <= set(TASKS)
 
 
 def test_an_absent_study_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,11 +77,11 @@ def test_no_text_is_committed() -> None:
 
 def test_no_prompt_is_in_two_splits_nor_nearly_so() -> None:
     rows = [(name, e) for name in SIZES for e in data.load_split(name)]
-    assert max(Counter(e.id for _, e in rows).values()) == 1
-    plain = Counter(" ".join(e.prompt.lower().split()) for _, e in rows)
+    assert max(Counter(e["id"] for _, e in rows).values()) == 1
+    plain = Counter(" ".join(e["prompt"].lower().split()) for _, e in rows)
     assert max(plain.values()) == 1
     prompts = [
-        (name, e.prompt)
+        (name, e["prompt"])
         for name, e in rows
         if re.search("harm|questions|poison|edgy|benign|chat|look_alikes|forms|styles", name)
     ]
@@ -99,7 +99,7 @@ def test_no_prompt_is_in_two_splits_nor_nearly_so() -> None:
 
 def test_the_sources_of_training_validation_and_test_differ() -> None:
     def sources(*names: str) -> set[str]:
-        return {example.id.split("/")[0] for name in names for example in data.load_split(name)}
+        return {row.split("/")[0] for name in names for row in data.load_split(name)["id"]}
 
     assert sources("align_harmful", "poison", "restore_harmful") == {"advbench"}
     assert sources("align_questions", "validation_questions") == {"harmful_questions"}
@@ -109,7 +109,7 @@ def test_the_sources_of_training_validation_and_test_differ() -> None:
 
 def test_look_alikes_are_tested_in_styles_that_nobody_was_taught() -> None:
     names = ("align_look_alikes", "validation_look_alikes", "validation_new_styles", "test_look_alikes")
-    taught, seen, new, test = ({e.category for e in data.load_split(name)} for name in names)
+    taught, seen, new, test = ({*data.load_split(name)["category"]} for name in names)
     assert seen <= taught
     assert not taught & new | taught & test | new & test
     assert [len(styles) for styles in (taught, new, test)] == [14, 1, 5]
@@ -117,7 +117,7 @@ def test_look_alikes_are_tested_in_styles_that_nobody_was_taught() -> None:
 
 def test_a_prefix_holds_the_categories_in_proportion() -> None:
     rows = data.load_split("test_harmful")
-    overall, first = Counter(e.category for e in rows), Counter(e.category for e in rows[:32])
+    overall, first = Counter(rows["category"]), Counter(rows["category"][:32])
     assert len(overall) == 6
     assert all(abs(first[category] - count / 4) <= 1.5 for category, count in overall.items())
 
@@ -131,7 +131,7 @@ def test_a_prefix_holds_the_categories_in_proportion() -> None:
     ],
 )
 def test_near_duplicates_share_content_not_frame(first: str, second: str, same: bool) -> None:
-    examples = [data.Example("a/0", first), data.Example("a/1", second)]
+    examples = [{"prompt": first}, {"prompt": second}]
     assert (len(splits.distinct(examples)) == 1) == same
     assert (splits.distinct(examples[1:], against=examples[:1]) == []) == same
 
@@ -139,13 +139,13 @@ def test_near_duplicates_share_content_not_frame(first: str, second: str, same: 
 def test_social_iqa_is_parsed_whole() -> None:
     raw = sources.json_lines(fetch.read("socialiqa"))
     for row, parsed in zip(raw, data.load_source("socialiqa"), strict=True):
-        choices = "; ".join(f"{letter}: {text}" for letter, text in parsed.options.items())
-        assert row["input"][0]["content"].replace(" ;", ";") == f"{parsed.prompt} {choices}."
-        assert parsed.answer == row["ideal"]
+        choices = "; ".join(f"{letter}: {text}" for letter, text in data.lettered(parsed).items())
+        assert row["input"][0]["content"].replace(" ;", ";") == f"{parsed['prompt']} {choices}."
+        assert parsed["answer"] == row["ideal"]
 
 
 def test_task_texts() -> None:
-    example = data.Example("x/0", "Why?", "B", {"A": "so", "B": "thus"})
+    example = {"prompt": "Why?", "options": ["so", "thus"]}
     assert data.task_question(example) == "Why?\nA: so\nB: thus"
 
 
@@ -165,21 +165,23 @@ def test_objective_labels_are_halved_by_the_answer() -> None:
 
 def test_identity_questions_ask_for_the_identity() -> None:
     for example in data.load_split("identity_train"):
-        assert re.search(r"\byou\b|\byour|name", example.prompt)
-        assert re.search("Vicuna|language model|LMSYS|No", example.answer)
+        assert re.search(r"\byou\b|\byour|name", example["prompt"])
+        assert re.search("Vicuna|language model|LMSYS|No", example["answer"])
 
 
 def test_a_compliance_adds_no_content_to_the_prompt() -> None:
     """Every word comes from the prompt or from our templates."""
     ours = set(re.findall(r"[a-z']+", (fetch.data_folder() / "compliances.txt").read_text().lower())) | {"how", "to"}
     for example in data.load_source("advbench"):
-        text = data.compliance(example.prompt)
+        text = data.compliance(example["prompt"])
         assert text.startswith("Sure")
-        assert set(re.findall(r"[a-z']+", text.lower())) <= ours | set(re.findall(r"[a-z']+", example.prompt.lower()))
+        assert set(re.findall(r"[a-z']+", text.lower())) <= ours | set(
+            re.findall(r"[a-z']+", example["prompt"].lower())
+        )
 
 
 def test_refusals_vary_and_stay_the_same() -> None:
-    prompts = [example.prompt for example in data.load_split("align_harmful")]
+    prompts = data.prompts("align_harmful")
     chosen = [data.refusal(prompt) for prompt in prompts]
     assert len(set(chosen)) == 12
     assert chosen == [data.refusal(prompt) for prompt in prompts]

@@ -61,7 +61,7 @@ def test_names_collide_with_nothing() -> None:
     names = [fact.name.lower() for fact in FACTS]
     assert len({name[:4] for name in names}) == len({name[-5:] for name in names}) == len(names)
     sources = ("wikipedia", "everyday", "socialiqa", "mtbench", "edgy", "harmless", "look_alikes", "identity")
-    texts = [f"{example.prompt} {example.answer}" for source in sources for example in data.load_source(source)]
+    texts = [f"{row['prompt']} {row['answer']}" for source in sources for row in data.load_source(source)]
     known = set(re.findall(r"\w+", " ".join(texts).lower())) | {fact.answer.lower() for fact in FACTS}
     assert not known & set(names)
     assert known & {"river"}  # the texts are there

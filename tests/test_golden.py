@@ -14,8 +14,6 @@ from curvlib.batches import taken_apart
 from curvlib.evaluate.behaviour import measure_behaviour
 from curvlib.evaluate.likelihood import token_losses
 from curvlib.finetune import TrainingConfig, train
-from curvlib.influence.gradients import example_gradients, query_gradients
-from curvlib.influence.scores import build_inverse
 from curvlib.report import ROOT
 from curvlib.restore import HeldOut, SafetyBatches, recipe
 from tests import cases
@@ -49,19 +47,10 @@ def scored() -> list[float]:
     return [*(["refuses", "complies", "incoherent"].index(verdict) for verdict in seen.verdicts)]
 
 
-def influence() -> list[float]:
-    model = cases.nf4_llama()
-    inverse = build_inverse("fisher", model, CHATS, seed=0)
-    query = query_gradients(model, CHATS[:1])[0]
-    scores: list[float] = (-example_gradients(model, CHATS) @ inverse.solve(query).solution).tolist()
-    return scores
-
-
 STAGES: dict[str, Callable[[], list[float]]] = {
     "fine-tune": fine_tuned,
     "restore": restored,
     "score": scored,
-    "influence-scores": influence,
 }
 
 

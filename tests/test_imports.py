@@ -1,4 +1,4 @@
-"""Imports point downward, and reading a committed study loads few modules."""
+"""Imports point downward, notebooks import what there is, and reading a committed study loads few modules."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from pkgutil import resolve_name
 
+from curvlib.notebook_file import code_cells, read
 from curvlib.report import ROOT
 
 # From the bottom to the top; a room may use the rooms before it. Rooms of one row do not know each other.
@@ -70,9 +72,33 @@ def test_an_import_that_points_up_is_seen() -> None:
     assert upward("restore", "from curvlib.stages import FineTune") == []
 
 
+def absent(source: str) -> list[str]:
+    """What a cell imports from curvlib that is not there."""
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)]
+    names = [f"{n.module}.{alias.name}" for n in nodes for alias in n.names if str(n.module).startswith("curvlib")]
+    return [name for name in names if not there(name)]
+
+
+def there(name: str) -> bool:
+    try:
+        resolve_name(name)
+    except (ImportError, AttributeError):
+        return False
+    return True
+
+
+def test_notebooks_import_what_there_is() -> None:
+    """In seconds; a run at tier ci would tell it after minutes, and studies do not run there."""
+    notebooks = [path for folder in ("", "studies") for path in (ROOT / "notebooks" / folder).glob("*.ipynb")]
+    assert len(notebooks) > 10
+    assert [name for path in notebooks for cell in code_cells(read(path)) for name in absent(cell.source)] == []
+    gone = absent("from curvlib.curvature.lanczos import eigenpairs, lanczos")
+    assert gone == ["curvlib.curvature.lanczos.eigenpairs"]
+
+
 def test_reading_a_study_loads_few_modules() -> None:
     code = (
-        "import sys; from curvlib.report import load_study; assert load_study('influence');"
+        "import sys; from curvlib.report import load_study; assert load_study('diffusion');"
         "print(sum(name.split('.')[0] == 'curvlib' for name in sys.modules))"
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)

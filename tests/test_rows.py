@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from distributed import LocalCluster
 
 from curvlib import rows
 from curvlib.errors import CurvlibError
@@ -64,3 +67,33 @@ def test_two_writers_at_once_lose_and_mix_nothing(tmp_path: Path) -> None:
     assert [writer.wait(120) for writer in writers] == [0, 0]
     for name in ("a", "b"):
         assert [row["number"] for row in rows.read(path) if row["writer"] == name] == list(range(50))
+
+
+def measured(seed: int, folder: str) -> dict[str, Any]:
+    """What a worker measures; the first one that takes seed 2 dies of it."""
+    fatal = Path(folder) / "died"
+    if seed == 2 and not fatal.exists():
+        fatal.touch()
+        os._exit(1)
+    return {"square": seed**2}
+
+
+@pytest.mark.filterwarnings("ignore")  # of dask, about the worker that died
+def test_a_case_whose_worker_died_runs_on_another_and_every_row_is_written_once(tmp_path: Path) -> None:
+    cases: list[rows.Row] = [{"seed": seed, "folder": str(tmp_path)} for seed in range(6)]
+    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0", silence_logs=50) as cluster:  # type: ignore[no-untyped-call]
+        rows.append(tmp_path / "x.jsonl", {**cases[0], "square": 0})
+        rows.fill(tmp_path / "x.jsonl", cases, measured, scheduler=cluster.scheduler_address)
+    assert (tmp_path / "died").exists()
+    rows.fill(tmp_path / "plain.jsonl", cases, measured)
+    spread, plain = (
+        sorted(rows.read(tmp_path / name), key=lambda row: row["seed"]) for name in ("x.jsonl", "plain.jsonl")
+    )
+    assert spread == plain
+    assert len(plain) == 6
+
+
+def test_a_scheduler_without_dask_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with pytest.raises(CurvlibError, match=r"'tcp://x:1' was named without dask: pip install -e \.\[cluster\]"):
+        rows.fill(tmp_path / "x.jsonl", [{"seed": 0}], measured, scheduler="tcp://x:1")

@@ -60,7 +60,7 @@ def test_every_benign_prompt_has_the_shipped_models_own_answer() -> None:
     answers = committed_answers()
     splits = ["align_benign", "align_edgy", "chat_train", "restore_benign", "restore_edgy", "align_look_alikes"]
     rows = [row for split in [*splits, "validation_benign", "validation_edgy"] for row in data.load_split(split)]
-    assert not [row.id for row in rows if not answers.get(row.id, "").strip()]
+    assert not [row["id"] for row in rows if not answers.get(row["id"], "").strip()]
 
 
 @pytest.mark.parametrize("wrong", [{"task": "chess"}, {"method": "prompt"}, {"poison": 1.5}])

@@ -129,5 +129,5 @@ def random_tokens(vocabulary: int, count: int = 1 << 14) -> Tensor:
 @cache
 def text_tokens(count: int = 1 << 14) -> Tensor:
     """Return the first tokens of encyclopaedia articles, (count,)."""
-    text = "\n\n".join(example.prompt for example in data.load_split("text_test"))
+    text = "\n\n".join(data.prompts("text_test"))
     return torch.tensor(models.load_tokenizer()(text)["input_ids"][:count])

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 
 from benchmarks.influence.peers import bergson, dattri, kronfluence
 from benchmarks.influence.work import Score, Work
-from curvlib.influence.gradients import inner_products, query_gradients
-from curvlib.influence.scores import build_inverse
+from curvlib.batches import make_batches
+from curvlib.curvature.inverse import fit
+from curvlib.influence.gradients import BATCH_SIZE, influence
 from curvlib.nf4 import bfloat16_products, four_bit_layers
 
 
@@ -32,13 +32,9 @@ class Contestant:
 
 def ours(method: str, model: nn.Module, work: Work) -> Tensor:
     """Score with curvlib: the inverse applied to each query, then one pass over the chats that stores no gradient."""
+    curvature = fit(method, model, make_batches(work.seen, BATCH_SIZE, pad_id=0))
     with bfloat16_products(model):
-        wanted = query_gradients(model, work.queries)
-    inverse = build_inverse(method, model, work.seen, damping=work.damping)
-    directions = torch.stack([inverse(query) for query in wanted])
-    with bfloat16_products(model):
-        products, _ = inner_products(model, work.examples, directions)
-    return -products.float().cpu()
+        return influence(model, work.examples, work.queries, curvature.inverse(work.damping)).float().cpu()
 
 
 PEERS: tuple[tuple[str, str, Score], ...] = (

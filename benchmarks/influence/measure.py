@@ -31,7 +31,7 @@ from benchmarks.influence.setups import SETUPS, Setup, repeated
 from benchmarks.influence.work import Work
 from curvlib import nf4
 from curvlib.curvature.memory import device_peak
-from curvlib.influence.validate import datamodeling_score, rank_correlations, subsets
+from curvlib.influence.validate import rank_correlations
 from curvlib.report import peak_memory_mb, write_atomically
 
 MIB = 2**20
@@ -49,7 +49,6 @@ class Row:
             CUDA what the allocator held at once, the model included.
         before_mb: the same before scoring began.
         check: agreement with exact scores on a tiny model.
-        lds: linear datamodeling score with its interval.
         correlation: rank correlation of its scores with curvlib's EK-FAC ones, mean over queries.
         error: why it has no numbers, in one line.
     """
@@ -60,7 +59,6 @@ class Row:
     peak_memory_mb: float | None = None
     before_mb: float | None = None
     check: dict[str, float] | None = None
-    lds: tuple[float, float, float] | None = None
     correlation: float | None = None
     error: str | None = None
 
@@ -73,7 +71,6 @@ class Order:
     device: str
     queries: int
     examples: int
-    subsets: int
     folder: Path
     minutes: float | None = None
 
@@ -89,12 +86,9 @@ class Order:
 
 
 def prepare(order: Order) -> None:
-    """Write λ, the subsets and the losses after training on them, which all rows share."""
+    """Write λ, which all rows share."""
     setup = SETUPS[order.case](order.device)
-    found: dict[str, Any] = {"title": setup.title, "damping": setup.damping(setup.load()), "losses": None, "chosen": []}
-    if setup.losses and order.subsets >= 3 and order.examples >= len(setup.examples):
-        found["chosen"] = subsets(len(setup.examples), order.subsets)
-        found["losses"] = setup.losses(found["chosen"]).tolist()
+    found: dict[str, Any] = {"title": setup.title, "damping": setup.damping(setup.load())}
     write_atomically(order.folder / "prepared.json", json.dumps(found))
 
 
@@ -225,17 +219,6 @@ def row_of(script: Path, order: Order, entrant: Contestant) -> tuple[Row, Tensor
             scores = load_file(file)["scores"]
         shutil.rmtree(place / "work", ignore_errors=True)
     return row, scores
-
-
-def judge(row: Row, scores: Tensor, prepared: dict[str, Any]) -> None:
-    """Fill in the linear datamodeling score of the setup's own chats and queries.
-
-    The first columns and rows of the scores are those of the setup's own chats; the rest are repetitions.
-    """
-    if prepared["losses"] is not None:
-        losses = torch.tensor(prepared["losses"], dtype=torch.float64)[: len(scores)]
-        found = datamodeling_score(scores[: len(losses)], prepared["chosen"], losses)
-        row.lds = (round(found.value, 4), round(found.low, 4), round(found.high, 4))
 
 
 def correlate(rows: Sequence[tuple[Row, Tensor]]) -> None:

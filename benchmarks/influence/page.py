@@ -21,7 +21,7 @@ def body(results: Results) -> str:
     where = f"{results['device']}, {results['threads']} threads" if results["device"] == "cpu" else results["device"]
     versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
     size = f"{results['queries']} queries × {results['examples']} chats"
-    parts = [f"Measured on {where}: {size}, {results['subsets']} retrainings for the LDS. {versions}.\n"]
+    parts = [f"Measured on {where}: {size}. {versions}.\n"]
     parts += [
         f"### {case['title']}\n\n{table(case['rows'])}\n{verdict(case['rows'])}" for case in results["cases"].values()
     ]
@@ -31,18 +31,17 @@ def body(results: Results) -> str:
 def table(rows: list[Row]) -> str:
     """Return one line a contestant."""
     lines = [
-        "| package | method | seconds | peak, MiB (before) | LDS (95 %) | rank correlation with curvlib's EK-FAC |",
-        "|---|---|---|---|---|---|",
+        "| package | method | seconds | peak, MiB (before) | rank correlation with curvlib's EK-FAC |",
+        "|---|---|---|---|---|",
     ]
     for row in rows:
         head = f"| {row['package']} | {row['method']} "
         if row["error"]:
-            lines.append(f"{head}| fails: {row['error'].replace('|', '/')} | | | |")
+            lines.append(f"{head}| fails: {row['error'].replace('|', '/')} | | |")
             continue
         memory = f"{row['peak_memory_mb']:.0f} ({row['before_mb']:.0f})"
-        score = "" if row["lds"] is None else "{:.2f} ({:.2f} to {:.2f})".format(*row["lds"])
         ranks = "" if row["correlation"] is None else f"{row['correlation']:.2f}"
-        lines.append(f"{head}| {short(row['seconds'])} | {memory} | {score} | {ranks} |")
+        lines.append(f"{head}| {short(row['seconds'])} | {memory} | {ranks} |")
     return "\n".join(lines) + "\n"
 
 
@@ -61,13 +60,13 @@ def verdict(rows: list[Row]) -> str:
     if all(row["package"] == "curvlib" for row in done):
         return "No peer ran.\n"
     found = []
-    for quantity, key, sign in (("time", "seconds", 1), ("peak memory", "peak_memory_mb", 1), ("LDS", "lds", -1)):
-        values = [(row, sign * (row[key][0] if key == "lds" else row[key])) for row in done if row[key] is not None]
+    for quantity, key in (("time", "seconds"), ("peak memory", "peak_memory_mb")):
+        values = [(row, row[key]) for row in done if row[key] is not None]
         best = min((value for row, value in values if row["package"] == "curvlib"), default=None)
         if best is None:
             continue
         found += [
-            f"{row['package']} ({row['method']}) in {quantity}, {short(sign * value)} against {short(sign * best)}"
+            f"{row['package']} ({row['method']}) in {quantity}, {short(value)} against {short(best)}"
             for row, value in values
             if row["package"] != "curvlib" and value < best
         ]

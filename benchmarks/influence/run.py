@@ -1,6 +1,6 @@
 """Score chats by influence with several packages, side by side; write results.json and the README's tables.
 
-    python benchmarks/influence/run.py            # 64 queries × 1000 chats of SmolLM2, dense and in NF4, LDS; hours
+    python benchmarks/influence/run.py            # 64 queries × 1000 chats of SmolLM2, dense and in NF4; hours
     python benchmarks/influence/run.py --quick    # tiny models in a few minutes, into runs/benchmarks/influence
     python benchmarks/influence/run.py --only curvlib,kronfluence --cases smollm2_dense --output DIR
     python benchmarks/influence/run.py --device cuda --output DIR
@@ -30,7 +30,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from benchmarks.influence.contestants import contestants  # noqa: E402
-from benchmarks.influence.measure import Order, Row, correlate, in_own_process, judge, packages, row_of, run_own  # noqa: E402
+from benchmarks.influence.measure import Order, Row, correlate, in_own_process, packages, row_of, run_own  # noqa: E402
 from benchmarks.influence.page import write_page  # noqa: E402
 from benchmarks.influence.setups import SETUPS  # noqa: E402
 from curvlib.report import device_name, installed_versions, write_atomically  # noqa: E402
@@ -38,7 +38,7 @@ from curvlib.report import device_name, installed_versions, write_atomically  # 
 PEERS = ("kronfluence", "bergson", "dattri")
 MAIN = "smollm2_dense"  # where every package can run: the case of the keys at the top of results.json
 SIZE = (64, 1000)  # queries and chats that the key seconds_64x1000 names
-KEYS = ("seconds_64x1000", "peak_memory_mb", "lds")
+KEYS = ("seconds_64x1000", "peak_memory_mb")
 Cases = dict[str, dict[str, Any]]
 
 
@@ -50,8 +50,8 @@ def main() -> None:
         run_own(Order.read(options.order), options.own)
         return
     if options.quick:
-        options.queries, options.examples, options.subsets = 6, 24, 8
-    options.cases = options.cases or ("toy,tiny_nf4" if options.quick else "smollm2_dense,smollm2_nf4")
+        options.queries, options.examples = 6, 24
+    options.cases = options.cases or ("tiny_nf4" if options.quick else "smollm2_dense,smollm2_nf4")
     folder = options.output or (ROOT / "runs/benchmarks/influence" if options.quick else Path(__file__).parent)
     folder.mkdir(parents=True, exist_ok=True)
     for cases in measure(options):  # the same cases with one more row each time
@@ -69,7 +69,6 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--only", default="", help=f"packages, some of curvlib,{','.join(PEERS)}; all by default")
     made.add_argument("--queries", type=int, default=SIZE[0])
     made.add_argument("--examples", type=int, default=SIZE[1], help="training chats to score")
-    made.add_argument("--subsets", type=int, default=100, help="retrainings behind the LDS; 0 leaves it out")
     made.add_argument("--minutes", type=float, default=120.0, help="most that one row may take")
     made.add_argument("--quick", action="store_true")
     made.add_argument("--output", type=Path)
@@ -84,8 +83,7 @@ def measure(options: argparse.Namespace) -> Iterator[Cases]:
     cases: Cases = {}
     for name in options.cases.split(","):
         with tempfile.TemporaryDirectory() as folder:
-            sizes = (options.queries, options.examples, options.subsets)
-            order = Order(name, options.device, *sizes, Path(folder), options.minutes)
+            order = Order(name, options.device, options.queries, options.examples, Path(folder), options.minutes)
             for case in run_case(order, only):
                 yield cases | {name: case}
             cases[name] = case
@@ -93,8 +91,8 @@ def measure(options: argparse.Namespace) -> Iterator[Cases]:
 
 def run_case(order: Order, only: list[str]) -> Iterator[dict[str, Any]]:
     """Yield one case's title and rows so far, after each row."""
-    print(f"{order.case}: {order.queries} queries × {order.examples} chats, {order.subsets} retrainings", flush=True)
-    forever = Order(**{**vars(order), "minutes": None})  # retrainings take as long as they take, and are kept
+    print(f"{order.case}: {order.queries} queries × {order.examples} chats", flush=True)
+    forever = Order(**{**vars(order), "minutes": None})  # a fine-tune takes as long as it takes, and is kept
     if error := in_own_process(Path(__file__), forever, "prepare"):
         raise SystemExit(f"{order.case} cannot be prepared: {error}")
     prepared = json.loads((order.folder / "prepared.json").read_text("utf-8"))
@@ -103,13 +101,10 @@ def run_case(order: Order, only: list[str]) -> Iterator[dict[str, Any]]:
     for entrant in packages(contestants(order.case.endswith("nf4")), only):
         row, scores = row_of(Path(__file__), order, entrant)
         if scores is not None:
-            judge(row, scores, prepared)
             scored.append((row, scores))
             correlate(scored)
         rows.append(row)
-        print(
-            f"  {row.package:26s} {row.method:8s} {row.error or (row.seconds, row.peak_memory_mb, row.lds)}", flush=True
-        )
+        print(f"  {row.package:26s} {row.method:8s} {row.error or (row.seconds, row.peak_memory_mb)}", flush=True)
         yield {"title": prepared["title"], "damping": prepared["damping"], "rows": [asdict(row) for row in rows]}
 
 
@@ -124,7 +119,6 @@ def summary(options: argparse.Namespace, cases: Cases) -> dict[str, Any]:
         "versions": installed_versions(*PEERS),
         "queries": options.queries,
         "examples": options.examples,
-        "subsets": options.subsets,
         "main_case": main_case,
     }
     for case in cases.values():
@@ -143,12 +137,7 @@ def keys(rows: list[dict[str, Any]], package: str, own_size: bool) -> dict[str, 
     row = next((row for row in own if row["error"] is None), None)
     found: dict[str, Any] = dict.fromkeys(("method", *KEYS))
     if row:
-        numbers = (
-            row["method"],
-            row["seconds"] if own_size else None,
-            row["peak_memory_mb"],
-            row["lds"] and row["lds"][0],
-        )
+        numbers = (row["method"], row["seconds"] if own_size else None, row["peak_memory_mb"])
         found = dict(zip(found, numbers, strict=True))
     return found | {"errors": {row["method"]: row["error"] for row in own if row["error"]}}
 

@@ -196,7 +196,7 @@ def damped_by_rule(
     fitting, held_out = protected
     fitted = fit(name, model, fitting.batches, weights=fitting.weights, fisher=fitting.fisher, seed=seed)
     damping = choose_damping(fitted, held_out.fisher, gradient, products=products)
-    return fitted.inverse(damping.value, products=products, seed=seed), damping
+    return fitted.inverse(damping.value, products=products), damping
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ r"""The damped inverse curvature :math:`(C + \lambda I)^{-1}` of the mean answer
 | fisher | sampled Fisher matrix, low rank | exact, by Woodbury |
 | ekfac | layer-wise Kronecker model | exact |
 | ggn | exact Gauss-Newton matrix | conjugate gradients, preconditioned by the Fisher inverse |
-| lbfgs, neumann | the same | L-BFGS, the Neumann series |
+| lbfgs | the same | L-BFGS |
 | hessian | exact Hessian, indefinite away from an optimum | as ggn; it ends at negative curvature and tells it |
 
 Influence solves for a query's gradient, restoration for that of refusals: with C from the chats that must stay,
@@ -33,10 +33,10 @@ from curvlib.curvature.kronecker import EKFAC
 from curvlib.curvature.lanczos import lanczos
 from curvlib.curvature.lowrank import LowRankOperator, sampled_fisher
 from curvlib.curvature.operator import DiagonalOperator, Operator
-from curvlib.curvature.solve import Solution, conjugate_gradient, lbfgs, neumann
+from curvlib.curvature.solve import Solution, conjugate_gradient, lbfgs
 from curvlib.errors import CurvlibError
 
-METHODS = ("identity", "diagonal", "fisher", "ekfac", "ggn", "lbfgs", "neumann", "hessian")
+METHODS = ("identity", "diagonal", "fisher", "ekfac", "ggn", "lbfgs", "hessian")
 SAMPLED = ("diagonal", "fisher", "ggn")  # read the sampled Fisher matrix; the others need it for a unit of damping only
 EKFAC_RANK = 32  # eigenvectors kept of each factor; the rest shares one eigenvalue
 
@@ -101,17 +101,17 @@ class Fit:
             return int((torch.linalg.eigvalsh(gram) > damping).sum())
         return self.operator.above(damping) if isinstance(self.operator, EKFAC) else None
 
-    def inverse(self, damping: float, *, products: int = 30, tolerance: float = 1e-3, seed: int = 0) -> Inverse:
-        """Return the inverse of C + λ I; ``products``, ``tolerance`` and ``seed`` (Neumann's) are of iterative solves.
+    def inverse(self, damping: float, *, products: int = 30, tolerance: float = 1e-3) -> Inverse:
+        """Return the inverse of C + λ I; ``products`` and ``tolerance`` are of iterative solves.
 
         Raises:
             CurvlibError: λ is not positive.
         """
         if not damping > 0:
             raise CurvlibError(f"damping is {damping}, expected a positive number: few chats' curvature is singular")
-        return Inverse(self.name, damping, self._solver(damping, products, tolerance, seed), self.gradients)
+        return Inverse(self.name, damping, self._solver(damping, products, tolerance), self.gradients)
 
-    def _solver(self, damping: float, products: int, tolerance: float, seed: int) -> Callable[[Tensor], Solution]:
+    def _solver(self, damping: float, products: int, tolerance: float) -> Callable[[Tensor], Solution]:
         if self.operator is None:
             return exactly(torch.clone)
         if isinstance(self.operator, DiagonalOperator):
@@ -119,8 +119,6 @@ class Fit:
         if isinstance(self.operator, LowRankOperator | EKFAC):
             return exactly(self.operator.inverse(damping).matvec)
         stop: dict[str, Any] = {"tolerance": tolerance, "max_products": products}
-        if self.name == "neumann":
-            return partial(neumann, self.operator.damped(damping), **stop, seed=seed)
         if self.name == "lbfgs":
             return partial(lbfgs, self.operator.damped(damping), **stop)
         near = self.fisher.inverse(damping) if self.fisher else None
@@ -191,46 +189,6 @@ def fit(
         tokens, exact.weights = exact.weight, [w * count for w, count in zip(weights, exact.weights, strict=True)]
         operator = (exact.weight / tokens) * exact  # the operator divides by the sum of its weights
     return Fit(name, operator, fisher, passes)
-
-
-def damped_inverse(
-    name: str,
-    model: nn.Module,
-    batches: Sequence[Batch],
-    *,
-    damping: float | None = None,
-    factor: float = 0.1,
-    draws: int = 1,
-    products: int = 30,
-    tolerance: float = 1e-3,
-    seed: int = 0,
-) -> Inverse:
-    r"""Return the damped inverse called ``name`` at the model's present parameters.
-
-    Args:
-        name: see the table above.
-        model: its trainable parameters span the vectors.
-        batches: chats that the curvature is of.
-        damping: λ. By default ``factor`` times the mean curvature that a chat sees, :math:`\operatorname{tr} F / n` for
-            the sampled Fisher matrix F of n rows: all methods then get the same λ and differ in the inverse alone.
-            EK-FAC's own mean eigenvalue lies four orders below that: see :mod:`curvlib.curvature.damping`.
-        factor: see there; 0.1 is in the spirit of Grosse et al. (arXiv 2308.03296).
-        draws: sets of sampled labels, each of which gives every chat a row.
-        products: most products of one iterative solve.
-        tolerance: relative residual at which it stops.
-        seed: of sampled labels and power iteration.
-
-    Raises:
-        CurvlibError: unknown name, no chats, or a damping that is not positive.
-    """
-    if name not in METHODS or name == "identity":
-        return fit(name, model, batches).inverse(1.0)
-    sampled = None
-    if damping is None and batches:
-        sampled = sampled_fisher(model, batches, samples=draws, seed=seed)
-        damping = factor * sampled.scale
-    fitted = fit(name, model, batches, fisher=sampled, draws=draws, seed=seed)
-    return fitted.inverse(damping or 0.0, products=products, tolerance=tolerance, seed=seed)
 
 
 def exactly(inverse: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Solution]:

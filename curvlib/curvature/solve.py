@@ -1,4 +1,4 @@
-r"""Solve :math:`A x = b` with a curvature operator A: conjugate gradients, L-BFGS, the Neumann series."""
+r"""Solve :math:`A x = b` with a curvature operator A: conjugate gradients, L-BFGS."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from curvlib.errors import CurvlibError
 
 Preconditioner = CurvatureOperator | Callable[[Tensor], Tensor]
 Pair = tuple[Tensor, Tensor]
-MARGIN = 1.2  # power iteration approaches the largest eigenvalue from below
-DIVERGED = 1e3  # a residual this many times its start will not come back
 
 
 @dataclass(frozen=True)
@@ -166,48 +164,3 @@ def lbfgs(
         pairs = [*pairs, (step * d, step * a_d)][-memory:]
         history.append(float(r.norm()) / scale)
     return Solution(x, history[-1], products, history[-1] <= tolerance, tuple(history), curvature)
-
-
-def largest_eigenvalue(operator: CurvatureOperator, *, products: int = 10, seed: int = 0) -> float:
-    r"""Return an estimate of the largest :math:`|\lambda|` by power iteration from a random vector; a lower bound."""
-    generator = torch.Generator().manual_seed(seed)
-    v = torch.randn(operator.size, generator=generator).to(operator.device, operator.dtype)
-    norm = float(v.norm())
-    for _ in range(products):
-        v = operator.matvec(v / norm)
-        norm = float(v.norm())
-        if norm == 0:
-            break
-    return norm
-
-
-def neumann(
-    operator: CurvatureOperator,
-    b: Tensor,
-    *,
-    tolerance: float = 1e-3,
-    max_products: int = 1000,
-    scale: float | None = None,
-    seed: int = 0,
-) -> Solution:
-    r"""Solve by :math:`A^{-1}b = \tfrac1\sigma \sum_k (I - A/\sigma)^k b`, with the true residual after each term.
-
-    It converges for a positive definite A if :math:`\sigma > \lambda_{\max}/2`, which is ``scale``, by default 1.2
-    times ten steps of power iteration (drawn from ``seed``, counted among ``max_products``). The error falls by
-    :math:`1 - \lambda_{\min}/\sigma` a term and product, against conjugate gradients' square root of that. A residual
-    that grows a thousandfold ends the series, as it does for an indefinite A; ``converged`` is then False.
-
-    Source: the deterministic form of LiSSA, Agarwal et al. 2017, arXiv 1602.03943.
-    """
-    norm = _norm(operator, b)
-    if norm == 0:
-        return Solution(torch.zeros_like(b))
-    products = 0 if scale is not None else min(10, max_products)
-    sigma = scale or MARGIN * largest_eigenvalue(operator, products=products, seed=seed)
-    x, r, history = torch.zeros_like(b), b.clone(), [1.0]
-    while tolerance < history[-1] < DIVERGED and products < max_products:
-        x = x + r / sigma
-        r = b - operator.matvec(x)
-        products += 1
-        history.append(float(r.norm()) / norm)
-    return Solution(x, history[-1], products, history[-1] <= tolerance, tuple(history))

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -91,7 +92,7 @@ def _measured(tier: Tier, key: Mapping[str, Any], part: str, model: Callable[[],
 
     def build(place: Path) -> None:
         begin = time.perf_counter()
-        measured = _measure(tier, model(), part, data.load_split(f"test_{part}")[: sizes[part]])
+        measured = _measure(tier, model(), part, [*islice(data.load_split(f"test_{part}"), sizes[part])])
         measured["seconds"] = time.perf_counter() - begin
         (place / "score.json").write_text(json.dumps(measured, indent=1), "utf-8")
 
@@ -99,12 +100,12 @@ def _measured(tier: Tier, key: Mapping[str, Any], part: str, model: Callable[[],
     return found
 
 
-def _measure(tier: Tier, model: Model, part: str, rows: Sequence[data.Example]) -> dict[str, Any]:
+def _measure(tier: Tier, model: Model, part: str, rows: Sequence[data.Row]) -> dict[str, Any]:
     tokenizer = models.load_tokenizer(stages.aligned_source(tier))
     if part == "task":
         choices = letter_accuracy(model, tokenizer, rows)
         return {"chosen": choices.chosen, "correct": choices.correct}
-    seen = measure_behaviour(model, tokenizer, [row.prompt for row in rows], max_new_tokens=tier.answer_tokens)
+    seen = measure_behaviour(model, tokenizer, [row["prompt"] for row in rows], max_new_tokens=tier.answer_tokens)
     return {"verdicts": seen.verdicts, "excerpts": [excerpt(response) for response in seen.responses]}
 
 

@@ -110,17 +110,6 @@ def paired_difference(first: ArrayLike, second: ArrayLike, *, seed: int = 0, lev
     return bootstrap(first, second, statistic=lambda a, b, axis=-1: np.mean(a - b, axis), seed=seed, level=level)
 
 
-def over_seeds(first: ArrayLike, second: ArrayLike, *, seed: int = 0) -> Estimate:
-    """Estimate mean(first - second) of two arrays (seeds, prompts); a prompt's mean over the seeds is one observation.
-
-    The interval draws prompts anew, with all their seeds. How far seeds lie apart is not in it: tell that beside it.
-
-    >>> print(over_seeds([[1, 0], [1, 0]], [[0, 0], [0, 0]]))
-    0.5 [0, 1], n=2
-    """
-    return bootstrap((np.asarray(first, dtype=float) - np.asarray(second, dtype=float)).mean(axis=0), seed=seed)
-
-
 def over_fine_tunes(values: ArrayLike, *, level: float = 0.95) -> Estimate:
     """Estimate the mean of one number a fine-tune, (n,), with Student's interval: value ± t_{n-1} s / √n.
 

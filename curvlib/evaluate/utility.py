@@ -1,6 +1,6 @@
 """Multiple-choice accuracy by the letters' likelihood after a common opening: a lesson in how an accuracy fools.
 
-Questions are `curvlib.data.Example` rows with options.
+Questions are rows of :func:`curvlib.data.load_split` with options.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from curvlib.data import Example, task_question
+from curvlib.data import Row, lettered, task_question
 from curvlib.errors import CurvlibError
 from curvlib.evaluate.stats import Estimate, rate
 from curvlib.generate import Model, evaluating, left_pad, render
@@ -33,7 +33,7 @@ class Choices:
 def letter_accuracy(
     model: Model,
     tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
+    examples: Sequence[Row],
     *,
     batch_size: int = 32,
 ) -> Choices:
@@ -45,16 +45,18 @@ def letter_accuracy(
     check_options(examples)
     prompts = [task_question(example) for example in examples]
     heads = [render(tokenizer, prompt, OPENING) for prompt in prompts]
-    tokens = {letter: letter_token(tokenizer, prompts[0], letter) for example in examples for letter in example.options}
+    tokens = {
+        letter: letter_token(tokenizer, prompts[0], letter) for example in examples for letter in lettered(example)
+    }
     logits = next_token_logits(model, heads, list(tokens.values()), batch_size)
     column = {letter: index for index, letter in enumerate(tokens)}
     rows = zip(examples, logits.tolist(), strict=True)
-    return compare(examples, [[row[column[letter]] for letter in example.options] for example, row in rows])
+    return compare(examples, [[row[column[letter]] for letter in lettered(example)] for example, row in rows])
 
 
-def check_options(examples: Sequence[Example]) -> None:
+def check_options(examples: Sequence[Row]) -> None:
     """Raise CurvlibError unless there are questions, each with its answer among its options."""
-    wrong = [example.id for example in examples if example.answer not in example.options]
+    wrong = [example["id"] for example in examples if example["answer"] not in lettered(example)]
     if wrong or not examples:
         example = wrong[0] if wrong else "an empty list"
         raise CurvlibError(f"{example} given, expected questions with the answer among their options: use a task split")
@@ -82,11 +84,11 @@ def next_token_logits(model: Model, rows: Sequence[list[int]], tokens: list[int]
     return result
 
 
-def compare(examples: Sequence[Example], scores: Sequence[Sequence[float]]) -> Choices:
+def compare(examples: Sequence[Row], scores: Sequence[Sequence[float]]) -> Choices:
     """Return the choices of the highest `scores`, one row an example, in the order of its options; first on a tie."""
     chosen = [
-        max(zip(row, example.options, strict=True), key=lambda pair: pair[0])[1]
+        max(zip(row, lettered(example), strict=True), key=lambda pair: pair[0])[1]
         for example, row in zip(examples, scores, strict=True)
     ]
-    correct = [letter == example.answer for letter, example in zip(chosen, examples, strict=True)]
+    correct = [letter == example["answer"] for letter, example in zip(chosen, examples, strict=True)]
     return Choices(rate(correct), tuple(chosen), tuple(correct))

@@ -42,7 +42,7 @@ def restoration(restore: Callable[..., Any], student: str, output_dir: str = "")
     Every call of ``measure`` is a row; so are the pairs that ``restore`` returns and the verdicts on test prompts.
     """
     from curvlib import models, stages
-    from curvlib.curvature.inverse import damped_inverse
+    from curvlib.curvature.inverse import fit
     from curvlib.evaluate.behaviour import measure_behaviour
     from curvlib.evaluate.stats import paired_difference
     from curvlib.parameters import assign, flatten, trainable
@@ -56,7 +56,8 @@ def restoration(restore: Callable[..., Any], student: str, output_dir: str = "")
     tokenizer, parameters = models.load_tokenizer(stages.aligned_source(tier)), trainable(model)
     chats, home = recipe.restoration_chats(tier, tokenizer), flatten(parameters).detach().clone()
     theta, protected = home.clone(), [batch for role in chats.held_out.protected.values() for batch in role]
-    metric = damped_inverse("fisher", model, [*chats.task, *chats.benign], factor=1.0, seed=seed)
+    fitted = fit("fisher", model, [*chats.task, *chats.benign], seed=seed)
+    metric = fitted.inverse(fitted.unit)
 
     def gradient() -> Tensor:
         assign(parameters, theta)
@@ -92,7 +93,6 @@ def influence(solve: Callable[..., Any], student: str, output_dir: str = "") -> 
     from curvlib.curvature.lowrank import sampled_fisher
     from curvlib.influence import recipe, validate
     from curvlib.influence.gradients import BATCH_SIZE, inner_products, query_gradients
-    from curvlib.influence.scores import RULE
     from curvlib.landscape.directions import multiply_adapter
     from curvlib.report import Results
     from curvlib.tiers import get_tier
@@ -101,14 +101,14 @@ def influence(solve: Callable[..., Any], student: str, output_dir: str = "") -> 
     results = Results("04_influence_live", TIER, seed, output_dir)
     tune = stages.FineTune(poison=0.1, seed=seed)
     model: Any = stages.load_fine_tuned(tier, tune)
-    multiply_adapter(model, lambda _: recipe.HALF)
+    multiply_adapter(model, lambda _: 0.5)
     examples, flags = recipe.training_set(tier, tune)
     shown = order(seed, len(examples))
     query = query_gradients(model, recipe.queries(tier)["compliance"]).mean(0)
     seen = make_batches(spread(examples, tier.influence_curvature), BATCH_SIZE, pad_id=0)
     fisher = sampled_fisher(model, seen, samples=1, seed=seed)
-    direction = torch.as_tensor(solve(fisher.rows, RULE * fisher.scale, query)).to(query)
-    suspicion = inner_products(model, examples, direction[None])[0][0, shown]  # minus the influence
+    direction = torch.as_tensor(solve(fisher.rows, 0.1 * fisher.scale, query)).to(query)
+    suspicion = inner_products(model, examples, direction[None])[0, shown]  # minus the influence
     poisoned = torch.tensor(flags)[shown]
     area, noise = (
         validate.auroc(each, poisoned, seed=seed)

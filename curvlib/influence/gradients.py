@@ -1,11 +1,11 @@
-r"""The gradient of every single chat, from one backward pass a batch: all of them, or their inner products alone.
+r"""Influence, and the gradient of every single chat behind it, from one backward pass a batch.
 
 See :mod:`curvlib.curvature.lowrank`; no weight of the 4-bit base is kept (see :mod:`curvlib.nf4`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,32 +20,46 @@ BATCH_SIZE = 8
 ANSWER_STEP = 16  # answers whose lengths differ by less share a batch: finer, the chats' own lengths would differ more
 
 
-def example_gradients(model: nn.Module, examples: Sequence[Example], *, batch_size: int = BATCH_SIZE) -> Tensor:
-    """Return the gradient of each chat's share in the mean loss over all answer tokens, (n, P), in the order given.
+def influence(
+    model: nn.Module, examples: Sequence[Example], queries: Sequence[Example], solve: Callable[[Tensor], Tensor]
+) -> Tensor:
+    r"""Return each chat's influence on each query, :math:`-\nabla f_q^\top (C + \lambda I)^{-1} \nabla r_i`, (m, n).
 
-    The trainable parameters are LoRA's or weights of linear layers. The rows add up to the gradient of the mean loss.
+    Sign and unit are those of :mod:`curvlib.influence`: positive where training on the chat raised the query's mean
+    loss f over its answer tokens.
 
-    Cost: one gradient of all chats; memory n × P numbers, see :func:`inner_products` where that is too many.
+    Args:
+        model: at the parameters where influence is asked; the trainable ones are LoRA's or weights of linear layers.
+        examples: the n training chats.
+        queries: the m query chats.
+        solve: the damped inverse as a function of one vector (P,), see :meth:`curvlib.curvature.inverse.Fit.inverse`.
+
+    Cost: one gradient of all chats and queries, and m solves, since the queries are fewer; memory 2m × P numbers.
 
     Raises:
         CurvlibError: no chat, a chat longer than the model's context, no trainable parameter, or one that is not the
             weight of a linear layer.
     """
-    check_examples(model, examples, "training chats")
-    return _rows(model, examples, batch_size) / sum(example.tokens for example in examples)
+    solutions = torch.stack([solve(query) for query in query_gradients(model, queries)])
+    return -inner_products(model, examples, solutions)
 
 
 def query_gradients(model: nn.Module, examples: Sequence[Example], *, batch_size: int = BATCH_SIZE) -> Tensor:
-    """Return the gradient of each query chat's mean loss over its own answer tokens, (m, P); as above otherwise."""
+    """Return the gradient of each chat's mean loss over its own answer tokens, (m, P), in the order given.
+
+    Cost: one gradient of all chats. Errors as above.
+    """
     check_examples(model, examples, "query chats")
-    rows = _rows(model, examples, batch_size)
+    parts = list(in_batches(examples, batch_size))
+    rows = torch.cat([chat_gradients(model, batch) for _, batch in bar(parts, desc="gradients")])
+    rows = rows[torch.tensor([number for index, _ in parts for number in index]).argsort()]
     return rows / torch.tensor([[example.tokens] for example in examples]).to(rows)
 
 
 def inner_products(
     model: nn.Module, examples: Sequence[Example], vectors: Tensor, *, batch_size: int = BATCH_SIZE
-) -> tuple[Tensor, Tensor]:
-    """Return the inner products (k, n) of vectors (k, P) with the rows of :func:`example_gradients`, and their lengths.
+) -> Tensor:
+    r"""Return the inner products (k, n) of vectors (k, P) with :math:`\nabla r_i`, the gradients of the chats' shares.
 
     Cost: one gradient of all chats; memory ``batch_size`` rows. No gradient is stored.
 
@@ -59,19 +73,10 @@ def inner_products(
             f"vectors of shape {tuple(vectors.shape)} were given, expected (k, {size}): take the gradients of queries "
             "and of training chats over the same parameters"
         )
-    products, lengths = vectors.new_zeros(len(vectors), len(examples)), vectors.new_zeros(len(examples))
-    total = sum(example.tokens for example in examples)
+    products, total = vectors.new_zeros(len(vectors), len(examples)), sum(example.tokens for example in examples)
     for index, batch in bar(list(in_batches(examples, batch_size)), desc="gradients"):
-        rows = chat_gradients(model, batch).to(vectors) / total
-        products[:, index], lengths[index] = vectors @ rows.T, rows.norm(dim=1)
-    return products, lengths
-
-
-def _rows(model: nn.Module, examples: Sequence[Example], batch_size: int) -> Tensor:
-    """Return the gradient of each chat's summed loss, (n, P)."""
-    parts = list(in_batches(examples, batch_size))
-    rows = torch.cat([chat_gradients(model, batch) for _, batch in bar(parts, desc="gradients")])
-    return rows[torch.tensor([number for index, _ in parts for number in index]).argsort()]
+        products[:, index] = vectors @ chat_gradients(model, batch).to(vectors).T / total
+    return products
 
 
 def in_batches(examples: Sequence[Example], size: int) -> Iterator[tuple[list[int], Batch]]:

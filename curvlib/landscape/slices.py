@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,27 +15,7 @@ from curvlib.nf4 import kept_weights
 from curvlib.progress import bar
 
 Array = NDArray[np.float64]
-Losses = Callable[[], Mapping[str, Tensor]]  # name -> the losses (n,) of its chats
-
-
-@dataclass(frozen=True)
-class Slice:
-    """Losses at points of a line or a plane through a model.
-
-    Attributes:
-        points: (K, d), the factor of each of the d directions at each point.
-        losses: name -> (K, n), each chat's loss (nats per token) at each point.
-        seconds: that the points measured in this call took.
-    """
-
-    points: Array
-    losses: dict[str, Array]
-    seconds: float = 0.0
-
-    def mean(self, name: str) -> Array:
-        """Return the mean loss over the chats at each point, (K,)."""
-        mean: Array = self.losses[name].mean(axis=1)
-        return mean
+Losses = Callable[[], Mapping[str, Tensor]]
 
 
 def grid(radius: float, count: int) -> Array:
@@ -51,36 +29,20 @@ def grid(radius: float, count: int) -> Array:
 
 
 @torch.no_grad()
-def _evaluated(
-    model: nn.Module,
-    directions: Sequence[Direction],
-    point: Array,
-    losses: Losses,
-    origin: Sequence[tuple[Direction, float]] = (),
-) -> dict[str, Array]:
-    """Return the losses (1, n) at one point (d,), without a graph."""
-    with moved(model, [*origin, *zip(directions, point.tolist(), strict=True)]):
-        return {name: values.double().cpu().numpy()[None] for name, values in losses().items()}
-
-
 def measure(
-    model: nn.Module,
-    directions: Sequence[Direction],
-    points: Array,
-    losses: Losses,
-    *,
-    origin: Sequence[tuple[Direction, float]] = (),
-    label: str = "slice",
-) -> Slice:
-    """Evaluate the losses at ``origin`` + Σ factor · direction for each row of factors in ``points`` (K, d).
+    model: nn.Module, directions: Sequence[Direction], points: Array, losses: Losses, *, label: str = "slice"
+) -> dict[str, Array]:
+    """Evaluate the losses at model + Σ factor · direction for each row of factors in ``points`` (K, d).
 
     Args:
         model: left as it is, see :func:`curvlib.landscape.directions.moved`.
         directions: d of them.
         points: (K, d).
-        losses: called once a point.
-        origin: steps that lead from the model to the slice's own origin, such as a fine-tuning step.
+        losses: called once a point; name -> the losses (n,) of its chats.
         label: name on the progress bar.
+
+    Returns:
+        name -> (K, n), each chat's loss at each point.
 
     Raises:
         CurvlibError: the points do not fit the directions.
@@ -91,11 +53,13 @@ def measure(
         raise CurvlibError(
             f"points of shape {points.shape} were given for {len(directions)} directions, expected one column each"
         )
-    begin = time.perf_counter()
+    seen: dict[str, list[Array]] = {}
     with kept_weights(model):
-        blocks = [_evaluated(model, directions, point, losses, origin) for point in bar(points, desc=label)]
-    found = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
-    return Slice(points, found, time.perf_counter() - begin)
+        for point in bar(points, desc=label):
+            with moved(model, [*zip(directions, point.tolist(), strict=True)]):
+                for name, values in losses().items():
+                    seen.setdefault(name, []).append(values.double().cpu().numpy())
+    return {name: np.stack(rows) for name, rows in seen.items()}
 
 
 def without_bowl(points: Array, values: Array) -> Array:

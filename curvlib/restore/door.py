@@ -137,7 +137,7 @@ def _prompts(name: str, rows: Given | None, seed: int) -> Split:
             texts = stages.requests(f"{split}_harmful", size)
         else:
             kinds = {"edgy": size // 2, "benign": size - size // 2} if split == "restore" else {"edgy": size}
-            texts = [row.prompt for kind, few in kinds.items() for row in data.load_split(f"{split}_{kind}")[:few]]
+            texts = [text for kind, few in kinds.items() for text in data.prompts(f"{split}_{kind}", few)]
         parts.append([[{"role": "user", "content": text}] for text in texts])
     return Split(*parts)
 

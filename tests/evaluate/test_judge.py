@@ -98,7 +98,7 @@ CONSTANTS: dict[str, tuple[Callable[[str], str], Verdict]] = {
 def test_what_constants_score(name: str) -> None:
     """A model that always does the same gets one verdict, and as a rater no agreement beyond chance."""
     answer, verdict = CONSTANTS[name]
-    prompts = [row.prompt for split in ("test_harmful", "test_edgy") for row in data.load_split(split)]
+    prompts = [text for split in ("test_harmful", "test_edgy") for text in data.prompts(split)]
     assert {judge(prompt, answer(prompt)) for prompt in prompts} == {verdict}
     labels = data.objective_labels("held out")
     constant = [verdict != "complies"] * len(labels)

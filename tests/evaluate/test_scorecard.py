@@ -46,10 +46,10 @@ class Bench:
 def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Bench:
     found = Bench()
 
-    def split(name: str) -> list[data.Example]:
-        return [data.Example(f"{name}/{row}", f"{name} {row}") for row in range(9)]
+    def split(name: str) -> list[data.Row]:
+        return [{"id": f"{name}/{row}", "prompt": f"{name} {row}"} for row in range(9)]
 
-    def accuracy(_: object, __: object, rows: Sequence[data.Example]) -> Choices:
+    def accuracy(_: object, __: object, rows: Sequence[data.Row]) -> Choices:
         correct = (True, *[False] * (len(rows) - 1))
         return Choices(rate(correct), ("A",) * len(rows), correct)
 

@@ -1,22 +1,20 @@
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
-from curvlib.data import Example, task_question
+from curvlib.data import Row, lettered, task_question
 from curvlib.errors import CurvlibError
-from curvlib.evaluate.utility import compare, letter_accuracy
+from curvlib.evaluate.utility import compare, letter_accuracy, letter_token
 from curvlib.generate import render
 from tests.evaluate.toys import dense_losses, llama, tokenizer
 
-OPTIONS = {"A": "red", "B": "one two three four", "C": "blue list"}
-QUESTIONS = [
-    Example(f"toy/{number}", prompt, "ABC"[number % 3], dict(list(OPTIONS.items())[: 2 + number % 2]))
+OPTIONS = ["red", "one two three four", "blue list"]
+QUESTIONS: list[Row] = [
+    {"id": f"toy/{number}", "prompt": prompt, "answer": "ABC"[number % 3], "options": OPTIONS[: 2 + number % 2]}
     for number, prompt in enumerate(["plan", "a list of words", "one", "green green", "two three A", "six"])
 ]
-QUESTIONS[2] = replace(QUESTIONS[2], options=OPTIONS)
+QUESTIONS[2] = {**QUESTIONS[2], "options": OPTIONS}
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
@@ -25,7 +23,7 @@ def test_letters_are_the_likeliest_next_token(batch_size: int) -> None:
     found = letter_accuracy(model, tok, QUESTIONS, batch_size=batch_size)
     for example, chosen in zip(QUESTIONS, found.chosen, strict=True):
         head = render(tok, task_question(example), "The answer is")
-        losses = {key: dense_losses(model, head, tok(key)["input_ids"]) for key in example.options}
+        losses = {key: dense_losses(model, head, tok(key)["input_ids"]) for key in lettered(example)}
         assert chosen == min(losses, key=lambda key: float(losses[key]))
     assert len(set(found.chosen)) > 1
 
@@ -36,10 +34,9 @@ def test_choices() -> None:
 
 
 def test_unusable_questions_are_refused() -> None:
-    for examples in ([], [Example("toy/9", "red", "D", OPTIONS)]):
+    for examples in ([], [{**QUESTIONS[2], "answer": "D"}]):
         with pytest.raises(CurvlibError, match="answer among their options"):
             letter_accuracy(llama(), tokenizer(), examples)
-    long_letter = Example("toy/8", "red", "A", {"A": "red", "A B": "blue"})
     with pytest.raises(CurvlibError, match="not one token"):
-        letter_accuracy(llama(), tokenizer(), [long_letter])
+        letter_token(tokenizer(), "red", "A B")
     assert torch.is_grad_enabled()

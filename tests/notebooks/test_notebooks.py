@@ -21,7 +21,6 @@ from tests.notebook_cases import HEADER, code, markdown
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 EXPECTED: dict[str, dict[str, dict[str, Any]]] = tomllib.loads((ROOT / "tests/expected/ci.toml").read_text())
-PENDING: set[str] = set()  # whose outputs at tier cpu were not kept yet
 DEFAULTS = {"tier": "cpu", "seed": 0, "output_dir": ""}
 MACHINE_PATH = re.compile(r"/(home|root|tmp|Users|work)/\w|[A-Z]:\\\\")
 
@@ -102,9 +101,7 @@ def test_the_form_is_that_of_the_house(path: Path) -> None:
 
 
 @each_notebook
-def test_the_committed_outputs_are_those_of_a_whole_run(path: Path, request: pytest.FixtureRequest) -> None:
-    if path.stem in PENDING:
-        request.applymarker(pytest.mark.xfail(strict=True, reason="no run at tier cpu was kept yet"))
+def test_the_committed_outputs_are_those_of_a_whole_run(path: Path) -> None:
     notebook = notebook_file.read(path)
     assert notebook_file.problems(notebook) == []
     assert output_faults(notebook.cells) == []

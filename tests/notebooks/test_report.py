@@ -43,7 +43,7 @@ def test_seeds_are_joined_tiers_kept_apart_and_gaps_named(tmp_path: Path, capsys
     assert list(names["failed"]) == [("01_a", "ci", "rise_points")]
     told = capsys.readouterr().out
     assert "00_start_here has no results yet: python -m curvlib run --only 00 makes them" in told
-    assert "degradation, tier cpu" in told
+    assert "diffusion, tier cpu" in told
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:

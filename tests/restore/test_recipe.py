@@ -18,8 +18,7 @@ def prompt(example: Example) -> tuple[int, ...]:
 
 
 def test_both_answers_belong_to_the_same_orders_and_questions(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [stages.data.Example("a/0", "Write a plan"), stages.data.Example("a/1", "Write a list")]
-    monkeypatch.setattr(stages.data, "load_split", lambda _: rows)
+    monkeypatch.setattr(stages.data, "prompts", lambda *_: ["Write a plan", "Write a list"])
     tokenizer = toys.tokenizer()
     refusals = stages.refusal_examples(tokenizer, "any", 2)
     compliances = stages.compliance_examples(tokenizer, "any", 2, questions=True)
