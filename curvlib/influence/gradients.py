@@ -32,14 +32,14 @@ def example_gradients(model: nn.Module, examples: Sequence[Example], *, batch_si
             weight of a linear layer.
     """
     check_examples(model, examples, "training chats")
-    return _rows(model, examples, batch_size) / sum(example.tokens for example in examples)
+    return _rows(model, examples, batch_size).div_(sum(example.tokens for example in examples))
 
 
 def query_gradients(model: nn.Module, examples: Sequence[Example], *, batch_size: int = BATCH_SIZE) -> Tensor:
     """Return the gradient of each query chat's mean loss over its own answer tokens, (m, P); as above otherwise."""
     check_examples(model, examples, "query chats")
     rows = _rows(model, examples, batch_size)
-    return rows / torch.tensor([[example.tokens] for example in examples]).to(rows)
+    return rows.div_(torch.tensor([[example.tokens] for example in examples]).to(rows))
 
 
 def inner_products(
@@ -69,9 +69,11 @@ def inner_products(
 
 def _rows(model: nn.Module, examples: Sequence[Example], batch_size: int) -> Tensor:
     """Return the gradient of each chat's summed loss, (n, P)."""
-    parts = list(in_batches(examples, batch_size))
-    rows = torch.cat([chat_gradients(model, batch) for _, batch in bar(parts, desc="gradients")])
-    return rows[torch.tensor([number for index, _ in parts for number in index]).argsort()]
+    parameters = list(trainable(model).values())
+    rows = parameters[0].new_empty(len(examples), sum(parameter.numel() for parameter in parameters))
+    for index, batch in bar(list(in_batches(examples, batch_size)), desc="gradients"):
+        rows[index] = chat_gradients(model, batch)
+    return rows
 
 
 def in_batches(examples: Sequence[Example], size: int) -> Iterator[tuple[list[int], Batch]]:

@@ -70,7 +70,8 @@ def build_inverse(
     if name not in METHODS:
         raise CurvlibError(f"no inverse is called {name!r}: choose one of {', '.join(METHODS)}")
     check_examples(model, examples, "training chats")
-    method, chats = "ggn" if name == "cg" else name, make_batches(examples, BATCH_SIZE, pad_id=0)
+    chats = make_batches(examples, BATCH_SIZE, 0, next(model.parameters()).device)
+    method = "ggn" if name == "cg" else name
     return damped_inverse(method, model, chats, damping=damping, factor=factor, products=products, seed=seed)
 
 
