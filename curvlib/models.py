@@ -65,7 +65,7 @@ def load_model(
 
     With ``quantize`` every linear layer but the output layer is kept in NF4 with double quantisation: 4 bits a weight
     and about 0.13 bit for the scales. Attention is eager, because the fused kernels have no second derivative. On CUDA
-    the quantised model that was loaded last stays, and who loads it again gets layers that share its weights.
+    the 4-bit model that was loaded last stays: loaded again, it has layers of its own and shares the weights.
 
     Args:
         source: ``"smollm2"``, a folder with a checkpoint in safetensors, or a Hugging Face Hub id ``"org/name"``.
@@ -79,7 +79,7 @@ def load_model(
     device = choose_device(device)
     dtype = dtype or (torch.bfloat16 if device == "cuda" and not quantize else torch.float32)
     if device == "cuda" and quantize:
-        return sharing(_resident(source, locate(source), dtype))
+        return nf4.sharing(_resident(source, locate(source), dtype))
     return _read(source, locate(source), quantize, device, dtype)
 
 
@@ -87,12 +87,6 @@ def load_model(
 def _resident(source: str, place: str, dtype: torch.dtype) -> PreTrainedModel:
     gc.collect()  # a 4-bit layer and its weight hold each other: the model before is freed here alone
     return _read(source, place, True, "cuda", dtype)
-
-
-def sharing(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a frozen model again, with layers of its own to adapt or to hook, and the very same weights."""
-    states = [layer.quant_state for layer in nf4.four_bit_layers(model).values()]
-    return copy.deepcopy(model, {id(part): part for part in (*model.parameters(), *model.buffers(), *states)})
 
 
 def _read(source: str, place: str, quantize: bool, device: str, dtype: torch.dtype) -> PreTrainedModel:
@@ -148,9 +142,7 @@ def identity(source: str | Path) -> str:
     """
     if source == DEFAULT:
         return f"{DEFAULT}@{fetch.registry()[DEFAULT].sha256[:12]}"
-    folder = Path(source)
-    if not (folder / "adapter_config.json").is_file():
-        folder = Path(locate(str(source)))
+    folder = Path(source if (Path(source) / "adapter_config.json").is_file() else locate(str(source)))
     if not Path(source).exists():
         return f"{source}@{folder.name}"  # the Hub's folder of a revision is called by its commit
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "README.md")

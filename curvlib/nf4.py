@@ -11,10 +11,11 @@ differentiating bitsandbytes' own backward (``create_graph=True``) keeps every d
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import MethodType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
@@ -27,6 +28,7 @@ from curvlib.errors import CurvlibError
 
 KEPT_BYTES = 2 * 2**30  # dequantised weights that take more are not kept
 _KEPT = "_kept_weight"
+T = TypeVar("T", bound=nn.Module)
 
 
 def dequantise(layer: Linear4bit) -> Tensor:
@@ -39,6 +41,12 @@ def dequantise(layer: Linear4bit) -> Tensor:
 def four_bit_layers(model: nn.Module) -> dict[str, Linear4bit]:
     """Return name -> layer for every 4-bit linear layer of the model, in its order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+
+
+def sharing(model: T) -> T:
+    """Return a frozen model again, with layers of its own to adapt or to hook, and the very same weights."""
+    states = [layer.quant_state for layer in four_bit_layers(model).values()]
+    return copy.deepcopy(model, {id(part): part for part in (*model.parameters(), *model.buffers(), *states)})
 
 
 class TransposableMatmul(torch.autograd.Function):

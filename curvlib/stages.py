@@ -25,7 +25,6 @@ from curvlib.finetune import TrainingConfig, train
 from curvlib.tiers import Tier
 
 LORA_LEARNING_RATE = 2e-3
-LARGE_LEARNING_RATE = 2e-4  # of LoRA on a Hub model on a GPU: with billions of weights the rate above diverges
 FULL_LEARNING_RATE = 5e-5  # full fine-tuning moves 135M weights; the rate of LoRA would destroy them
 WEIGHTS = "adapter_model.safetensors"  # peft's name
 MAX_LENGTH = 512  # tokens of a training chat; the longest prompt of the splits has 373
@@ -231,11 +230,10 @@ def fine_tuned(tier: Tier, recipe: FineTune) -> Path:
 
 def tune_training(tier: Tier, recipe: FineTune) -> TrainingConfig:
     """Return the training run of a fine-tune."""
-    lora = LARGE_LEARNING_RATE if tier.device == "cuda" and tier.model != models.DEFAULT else LORA_LEARNING_RATE
-    rate = FULL_LEARNING_RATE if recipe.method == "full" else lora
-    if recipe.task == "facts":
-        return TrainingConfig(steps=tier.fact_steps, learning_rate=rate, seed=recipe.seed)
-    return TrainingConfig(steps=tier.tune_steps, batch_size=tier.tune_batch, learning_rate=rate, seed=recipe.seed)
+    many = tier.device == "cuda" and tier.model != models.DEFAULT  # with billions of weights, LoRA's rate diverges
+    rate = FULL_LEARNING_RATE if recipe.method == "full" else LORA_LEARNING_RATE / 10**many
+    steps, size = (tier.fact_steps, 8) if recipe.task == "facts" else (tier.tune_steps, tier.tune_batch)
+    return TrainingConfig(steps, size, rate, seed=recipe.seed)
 
 
 def _fine_tune(

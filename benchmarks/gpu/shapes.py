@@ -83,7 +83,7 @@ def four_bit(layer: nn.Linear, device: str, values: bool) -> Linear4bit:
 
 def chats(count: int, tokens: int) -> Batch:
     """Return random chats with answers of at most 32 tokens."""
-    ids = torch.randint(5, 1000, (count, tokens), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(5, 100, (count, tokens), generator=torch.Generator().manual_seed(0))
     ids[:, 0] = torch.arange(count)  # so that no beginning is shared
     place = torch.arange(tokens).expand_as(ids)
     return Batch(ids, torch.ones_like(ids), torch.where(place < max(tokens - 32, tokens // 2), IGNORED, ids))

@@ -32,14 +32,14 @@ from torch import Tensor, nn
 
 from curvlib.batches import IGNORED, Batch, answer_logits, answer_targets, at_least_float32
 from curvlib.curvature.closed_form import fused
-from curvlib.curvature.kronecker import EKFAC, Basis, Block, rotate
+from curvlib.curvature.kronecker import EKFAC, ROUNDS, Basis, Block, eigenvectors, rotate
 from curvlib.errors import CurvlibError
 from curvlib.parameters import trainable
 
 WHOLE = 2 * 2**30  # bytes of factors that are formed whole, as SmolLM2's are; those of a 7B model take 129 GB
-ROUNDS = 3  # of subspace iteration; more move the last few columns only
 Fisher = Literal["sampled", "empirical"]
 Side = tuple[str, str]  # "in" for A or "out" for S, and the map's name
+Factors = tuple[dict[Side, Tensor], dict[str, str]]
 Visit = Callable[[str, Tensor, Tensor, Tensor], None]
 
 
@@ -63,22 +63,21 @@ def ekfac(
 
     Maps that read the same tensor (LoRA's of q, k and v) share one input factor. Cost: two gradients of all batches and
     the eigenvectors; memory: :math:`d^2` numbers a factor while it is fitted. Where all would take more than ``WHOLE``
-    bytes and there is a ``rank``, no factor is formed: each round of the subspace iteration is one more pass over all
-    batches with the same labels, which is five gradients in all and rank · d numbers a factor.
+    bytes and there is a ``rank``, none is formed: each round reads all batches again, which is five gradients in all.
 
     Raises:
         CurvlibError: a trainable parameter is not the weight of one linear map, or takes no part in the loss.
     """
     maps, shares = linear_maps(model), list(weights or [1.0] * len(batches))
     device = next(iter(maps.values())).weight.device
-    labels = torch.Generator(device).manual_seed(seed)
-    sketch = torch.Generator(device).manual_seed(seed)
+    labels, sketch = (torch.Generator(device).manual_seed(seed) for _ in range(2))
+    count = partial(_factors, model, batches, shares, maps, labels)
     if rank and 4 * sum(map_.in_features**2 + map_.out_features**2 for map_ in maps.values()) > WHOLE:
-        basis, owners = _sketched(model, batches, shares, maps, labels, rank, sketch)
+        basis, owners = _sketched(count, labels, rank, sketch)
     else:
-        factors, owners = _factors(model, batches, shares, maps, labels, lambda _, rows: rows)
+        factors, owners = count(lambda _, rows: rows)
         order = sorted(factors, key=lambda side: side[0])
-        basis = {side: _eigenvectors(factors.pop(side), rank, sketch) for side in order}  # frees each factor
+        basis = {side: eigenvectors(factors.pop(side), rank, sketch) for side in order}  # frees each factor
     bases = {name: (basis["out", name], basis["in", owners[name]]) for name in maps}
     values = _eigenvalues(model, batches, shares, maps, bases, labels)
     places = flat_places(model)
@@ -115,7 +114,7 @@ def _factors(
     maps: dict[str, nn.Linear],
     labels: torch.Generator,
     times: Callable[[Side, Tensor], Tensor],
-) -> tuple[dict[Side, Tensor], dict[str, str]]:
+) -> Factors:
     r"""Return A by owner and S by map, and map -> owner of its A (the first map seen to read the same tensor).
 
     With rows R, :math:`A = R^\top R`; returned is :math:`R^\top` ``times(side, R)``.
@@ -144,15 +143,9 @@ def _factors(
 
 
 def _sketched(
-    model: nn.Module,
-    batches: Sequence[Batch],
-    weights: Sequence[float],
-    maps: dict[str, nn.Linear],
-    labels: torch.Generator,
-    rank: int,
-    sketch: torch.Generator,
+    count: Callable[..., Factors], labels: torch.Generator, rank: int, sketch: torch.Generator
 ) -> tuple[dict[Side, Basis], dict[str, str]]:
-    """Return the bases that :func:`_eigenvectors` would, and the owners; each round reads all batches."""
+    """Return the bases that :func:`eigenvectors` would, and the owners; each ``count`` reads all batches."""
     state, columns = labels.get_state(), dict[Side, Tensor]()
 
     def times(side: Side, rows: Tensor) -> Tensor:
@@ -162,10 +155,10 @@ def _sketched(
 
     for _ in range(ROUNDS):
         labels.set_state(state)
-        for side, product in _factors(model, batches, weights, maps, labels, times)[0].items():
+        for side, product in count(times)[0].items():
             columns[side] = torch.linalg.qr(product).Q
     labels.set_state(state)
-    products, owners = _factors(model, batches, weights, maps, labels, times)
+    products, owners = count(times)
     turned = {side: torch.linalg.eigh(columns[side].mT @ product).eigenvectors for side, product in products.items()}
     return {side: Basis(columns[side] @ turned[side]) for side in products}, owners
 
@@ -275,13 +268,3 @@ def chat_products(a: Tensor, g: Tensor) -> Tensor:
     """
     a = at_least_float32(a)
     return g.mT @ a if g.shape[-1] <= a.shape[-1] else (a.mT @ g).mT
-
-
-def _eigenvectors(factor: Tensor, rank: int | None, sketch: torch.Generator) -> Basis:
-    """Return the (leading) eigenvectors of a positive semi-definite matrix."""
-    if rank is None or rank >= len(factor):
-        return Basis(torch.linalg.eigh(factor).eigenvectors)
-    columns = torch.randn(len(factor), rank, generator=sketch, device=factor.device, dtype=factor.dtype)
-    for _ in range(ROUNDS):
-        columns = torch.linalg.qr(factor @ columns).Q
-    return Basis(columns @ torch.linalg.eigh(columns.mT @ factor @ columns).eigenvectors)

@@ -20,6 +20,8 @@ from torch import Tensor
 from curvlib.curvature.operator import Operator, check_vector
 from curvlib.errors import CurvlibError
 
+ROUNDS = 3  # of subspace iteration; more move the last few columns only
+
 
 @dataclass(frozen=True)
 class Basis:
@@ -84,6 +86,16 @@ class Block:
         x = rotate(self.left, self.right, vector[share].view(rows, columns))
         x = x * self.left.spread(self.right.spread(self.values).mT).mT
         out[share] = self.left.back(self.right.back(x).mT).mT.reshape(-1)
+
+
+def eigenvectors(factor: Tensor, rank: int | None, sketch: torch.Generator) -> Basis:
+    """Return the (leading) eigenvectors of a positive semi-definite matrix."""
+    if rank is None or rank >= len(factor):
+        return Basis(torch.linalg.eigh(factor).eigenvectors)
+    columns = torch.randn(len(factor), rank, generator=sketch, device=factor.device, dtype=factor.dtype)
+    for _ in range(ROUNDS):
+        columns = torch.linalg.qr(factor @ columns).Q
+    return Basis(columns @ torch.linalg.eigh(columns.mT @ factor @ columns).eigenvectors)
 
 
 def rotate(left: Basis, right: Basis, x: Tensor) -> Tensor:
