@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # the label that torch's cross-entropy skips
+AT_ONCE = 256  # positions of one gradient on a GPU: 3.3 GB at 7B in float32, see benchmarks/gpu
 HEAD_ROWS = 32  # with up to three rows a thread, CPU kernels sum over 49,152 words ten times less exactly
 
 
@@ -83,6 +84,12 @@ class Batch:
         """Return the batch cut into pieces of at most ``size`` chats."""
         return [self.rows(start, start + size) for start in range(0, len(self), size)]
 
+    def affordable(self, device: torch.device | str) -> list[Batch]:
+        """Return the batch whole for a CPU; for a GPU in pieces of at most ``AT_ONCE`` positions, or of one chat."""
+        if torch.device(device).type == "cpu":
+            return [self]
+        return self.parts(max(1, AT_ONCE // self.input_ids.shape[1]))
+
 
 def encode(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Chat], max_length: int) -> list[Example]:
     """Tokenise chats through the tokenizer's template; the last message must be the assistant's.
@@ -121,15 +128,20 @@ def open_ended(example: Example, tokens: int | None = None) -> Example:
     return Example(example.input_ids[:stop], example.labels[:stop], 0)
 
 
-def make_batches(examples: Sequence[Example], batch_size: int, pad_id: int) -> list[Batch]:
-    """Sort examples by length (stable) and pad them on the left into batches of at most ``batch_size``."""
+def make_batches(
+    examples: Sequence[Example], batch_size: int, pad_id: int, device: torch.device | str = "cpu"
+) -> list[Batch]:
+    """Sort examples by length (stable) and pad them on the left into batches of at most ``batch_size``.
+
+    Those that are to be differentiated on a GPU, ``device``, are :meth:`Batch.affordable` there.
+    """
     if batch_size < 1 or not examples:
         raise CurvlibError(
             f"{len(examples)} examples in batches of {batch_size}: give at least one example and size one"
         )
     ordered = sorted(examples, key=lambda example: len(example.input_ids))
     groups = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
-    return [collate(group, pad_id) for group in groups]
+    return [part for group in groups for part in collate(group, pad_id).affordable(device)]
 
 
 def collate(group: Sequence[Example], pad_id: int) -> Batch:

@@ -34,6 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         where = error.filename or "the run's folder"
         return _fail(f"the disk is full at {where}: free some space and give the same command again to resume")
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; --help does not load torch
+            raise
+        first = str(error).partition(". ")[0]
+        return _fail(f"{first}: give shorter chats or a smaller model, restore --dry-run tells what it needs")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -131,17 +131,20 @@ def _step(
     max_norm: float,
     on_gradient: Callable[[], None] | None = None,
 ) -> float:
-    loss = answer_loss(model, batch)
-    if not torch.isfinite(loss):
-        raise CurvlibError(f"the training loss is {loss.item()}: lower the learning rate")
-    loss.backward()
+    total = 0.0
+    for part in batch.affordable(next(model.parameters()).device):
+        loss = part.tokens / batch.tokens * answer_loss(model, part)
+        if not torch.isfinite(loss):
+            raise CurvlibError(f"the training loss is {loss.item()}: lower the learning rate")
+        loss.backward()
+        total += loss.item()
     if on_gradient:
         on_gradient()
     parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
     nn.utils.clip_grad_norm_(parameters, max_norm)
     optimiser.step()
     optimiser.zero_grad()
-    return loss.item()
+    return total
 
 
 def _save(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import hashlib
 import json
 import re
@@ -63,22 +64,34 @@ def load_model(
     """Return the frozen model of ``source`` in evaluation mode.
 
     With ``quantize`` every linear layer but the output layer is kept in NF4 with double quantisation: 4 bits a weight
-    and about 0.13 bit for the scales. Attention is eager, because the fused kernels have no second derivative.
+    and about 0.13 bit for the scales. Attention is eager, because the fused kernels have no second derivative. On CUDA
+    the 4-bit model that was loaded last stays: loaded again, it has layers of its own and shares the weights.
 
     Args:
         source: ``"smollm2"``, a folder with a checkpoint in safetensors, or a Hugging Face Hub id ``"org/name"``.
         quantize: keep the linear layers in NF4 (True) or dense in ``dtype`` (False).
         device: ``"cpu"`` or ``"cuda"``; CUDA where there is a GPU by default.
-        dtype: of the computation; float32 on the CPU and bfloat16 on CUDA by default.
+        dtype: of the computation; by default float32, which curvature needs, and bfloat16 of dense models on CUDA.
 
     Raises:
         CurvlibError: no such model, Hub out of reach, no GPU, the disk is full, or a model that is not supported.
     """
     device = choose_device(device)
-    dtype = dtype or compute_dtype(device)
+    dtype = dtype or (torch.bfloat16 if device == "cuda" and not quantize else torch.float32)
+    if device == "cuda" and quantize:
+        return nf4.sharing(_resident(source, locate(source), dtype))
+    return _read(source, locate(source), quantize, device, dtype)
+
+
+@lru_cache(maxsize=1)
+def _resident(source: str, place: str, dtype: torch.dtype) -> PreTrainedModel:
+    gc.collect()  # a 4-bit layer and its weight hold each other: the model before is freed here alone
+    return _read(source, place, True, "cuda", dtype)
+
+
+def _read(source: str, place: str, quantize: bool, device: str, dtype: torch.dtype) -> PreTrainedModel:
     options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}, "attn_implementation": "eager"}
     options["experts_implementation"] = "eager"  # grouped products have no forward derivative
-    place = locate(source)
     stored = stored_in_four_bits(source, Path(place))
     if stored and not quantize:
         raise CurvlibError(f"{source!r} is stored in 4 bits, so there are no dense weights: give the dense checkpoint")
@@ -111,14 +124,9 @@ def choose_device(device: str | None = None) -> str:
     return device or ("cuda" if found else "cpu")
 
 
-def compute_dtype(device: str) -> torch.dtype:
-    """Return the type that a model computes in by default: float32 on the CPU, bfloat16 on CUDA."""
-    return torch.float32 if device == "cpu" else torch.bfloat16
-
-
 def machine(device: str) -> dict[str, str]:
     """Return what a key says of where a model computes: the device, and the type by default."""
-    return {"device": device, "dtype": str(compute_dtype(device))}
+    return {"device": device, "dtype": str(torch.float32)}
 
 
 def identity(source: str | Path) -> str:
@@ -134,9 +142,7 @@ def identity(source: str | Path) -> str:
     """
     if source == DEFAULT:
         return f"{DEFAULT}@{fetch.registry()[DEFAULT].sha256[:12]}"
-    folder = Path(source)
-    if not (folder / "adapter_config.json").is_file():
-        folder = Path(locate(str(source)))
+    folder = Path(source if (Path(source) / "adapter_config.json").is_file() else locate(str(source)))
     if not Path(source).exists():
         return f"{source}@{folder.name}"  # the Hub's folder of a revision is called by its commit
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "README.md")

@@ -11,10 +11,11 @@ differentiating bitsandbytes' own backward (``create_graph=True``) keeps every d
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import MethodType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
@@ -27,6 +28,7 @@ from curvlib.errors import CurvlibError
 
 KEPT_BYTES = 2 * 2**30  # dequantised weights that take more are not kept
 _KEPT = "_kept_weight"
+T = TypeVar("T", bound=nn.Module)
 
 
 def dequantise(layer: Linear4bit) -> Tensor:
@@ -39,6 +41,12 @@ def dequantise(layer: Linear4bit) -> Tensor:
 def four_bit_layers(model: nn.Module) -> dict[str, Linear4bit]:
     """Return name -> layer for every 4-bit linear layer of the model, in its order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+
+
+def sharing(model: T) -> T:
+    """Return a frozen model again, with layers of its own to adapt or to hook, and the very same weights."""
+    states = [layer.quant_state for layer in four_bit_layers(model).values()]
+    return copy.deepcopy(model, {id(part): part for part in (*model.parameters(), *model.buffers(), *states)})
 
 
 class TransposableMatmul(torch.autograd.Function):
@@ -181,14 +189,15 @@ def kept_weights(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def bfloat16_products(model: nn.Module) -> Iterator[None]:
-    """Multiply by the model's 4-bit weights in bfloat16 inside the ``with`` block, where its CPU has that instruction.
+    """Multiply by the model's 4-bit weights in bfloat16 inside the ``with`` block, where its processor is made for it.
 
     A product is summed in float32 and rounded to bfloat16 (relative error 0.4 %); all else keeps its dtype. About twice
-    as fast for each product on AVX512-BF16 or AMX. On other processors, where it would be slower, and on CUDA, where
-    ``load_model`` chooses bfloat16 itself, nothing changes. First derivatives only: a curvature product needs float32.
+    as fast for each product on AVX512-BF16 or AMX. On other CPUs, where it would be slower, nothing changes. First
+    derivatives only: curvature products in bfloat16 are 4 to 12 % off.
     """
-    layers = list(four_bit_layers(model).values()) if _multiplies_bfloat16() else []
-    chosen = [(layer, layer.compute_dtype) for layer in layers if layer.weight.device.type == "cpu"]
+    fast = ("cpu", "cuda") if _multiplies_bfloat16() else ("cuda",)
+    layers = [layer for layer in four_bit_layers(model).values() if layer.weight.device.type in fast]
+    chosen = [(layer, layer.compute_dtype) for layer in layers]
     for layer, _ in chosen:
         layer.compute_dtype = torch.bfloat16
     try:

@@ -150,7 +150,7 @@ class Results:
             notebook=self.notebook,
             tier=self.tier,
             seed=self.seed,
-            device=device_name(),
+            device=_where(self.tier),
             versions=installed_versions(),
             wall_s=round(time.monotonic() - self._start, 1),
             peak_memory_mb=round(peak_memory_mb(), 1),
@@ -228,6 +228,14 @@ def device_name() -> str:
     """The accelerator's name, or ``cpu`` where there is none or PyTorch was never loaded."""
     torch = sys.modules.get("torch")
     return str(torch.cuda.get_device_name()) if torch and torch.cuda.is_available() else "cpu"
+
+
+def _where(tier: str) -> str:
+    """What a tier computes on; of a GPU also the memory that it took and the types of its numbers."""
+    if tier != "gpu" or device_name() == "cpu":
+        return "cpu"
+    peak = sys.modules["torch"].cuda.max_memory_allocated() / 1e9
+    return f"{device_name()}, {peak:.1f} GB at most, float32 products, bfloat16 answers"
 
 
 def peak_memory_mb() -> float:

@@ -229,10 +229,10 @@ def fine_tuned(tier: Tier, recipe: FineTune) -> Path:
 
 def tune_training(tier: Tier, recipe: FineTune) -> TrainingConfig:
     """Return the training run of a fine-tune."""
-    rate = FULL_LEARNING_RATE if recipe.method == "full" else LORA_LEARNING_RATE
-    if recipe.task == "facts":
-        return TrainingConfig(steps=tier.fact_steps, learning_rate=rate, seed=recipe.seed)
-    return TrainingConfig(steps=tier.tune_steps, batch_size=tier.tune_batch, learning_rate=rate, seed=recipe.seed)
+    many = tier.device == "cuda" and tier.model != models.DEFAULT  # with billions of weights, LoRA's rate diverges
+    rate = FULL_LEARNING_RATE if recipe.method == "full" else LORA_LEARNING_RATE / 10**many
+    steps, size = (tier.fact_steps, 8) if recipe.task == "facts" else (tier.tune_steps, tier.tune_batch)
+    return TrainingConfig(steps, size, rate, seed=recipe.seed)
 
 
 def _fine_tune(

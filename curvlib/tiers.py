@@ -155,7 +155,7 @@ _TIERS = {
             "curvature_chats": 64,
             "landscape_points": 25,
             "landscape_chats": 16,
-            "influence_curvature": 96,
+            "influence_curvature": 24,  # of each half, a gradient each: of 9 B parameters more would not fit 24 GB
         }
     ),
 }

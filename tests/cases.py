@@ -24,7 +24,7 @@ VOCABULARY, HIDDEN, INTERMEDIATE = 128, 64, 192
 
 def relative_error(found: Tensor, exact: Tensor) -> float:
     """Return ‖found − exact‖ / ‖exact‖, in float64."""
-    found, exact = found.detach().double(), exact.detach().double()
+    found, exact = found.detach().cpu().double(), exact.detach().cpu().double()
     return float((found - exact).norm() / exact.norm())
 
 
@@ -81,7 +81,7 @@ def llama(seed: int = 0, **settings: Any) -> LlamaForCausalLM:
             **settings,
         },
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
         for parameter in model.parameters():
@@ -111,7 +111,7 @@ def quantise(model: nn.Module) -> None:
 
 def add_lora(model: nn.Module, rank: int = 2, dropout: float = 0.0, use_dora: bool = False) -> PeftModel:
     """Adapters on every linear layer, with B different from zero, so that A gets a gradient too."""
-    with warnings.catch_warnings(), torch.random.fork_rng():
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft 0.21 asks the old name
         torch.manual_seed(1)
         make: Any = get_peft_model
@@ -124,14 +124,15 @@ def add_lora(model: nn.Module, rank: int = 2, dropout: float = 0.0, use_dora: bo
     return adapted.eval()
 
 
-def nf4_llama(*, installed: bool = True, **settings: Any) -> PeftModel:
+def nf4_llama(*, installed: bool = True, device: str = "cpu", **settings: Any) -> PeftModel:
     """The tiny Llama in NF4 with LoRA; with ``installed=False`` on bitsandbytes' own matrix product."""
     model = llama(**settings)
     model.requires_grad_(False)
     quantise(model)
     if installed:
         nf4.install(model)
-    return add_lora(model)
+    adapted: PeftModel = add_lora(model).to(device)
+    return adapted
 
 
 class Exact(TorchFunctionMode):
@@ -181,9 +182,9 @@ def _dequantised(model: PeftModel) -> nn.Module:
 
 
 @cache
-def pair() -> tuple[PeftModel, Twin]:
+def pair(device: str = "cpu") -> tuple[PeftModel, Twin]:
     """One 4-bit model and its twin for all tests that leave them as they are."""
-    model = nf4_llama()
+    model = nf4_llama(device=device)
     return model, Twin(model)
 
 

@@ -72,6 +72,16 @@ def test_batches_are_sorted_and_padded_on_the_left() -> None:
         make_batches([], 2, pad_id=9)
 
 
+def test_a_gpu_gets_batches_of_few_positions_and_a_cpu_whole_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    examples = [Example((1,) * length, (IGNORED, *(1,) * (length - 1))) for length in (2, 3, 4, 5, 9)]
+    assert [len(batch) for batch in make_batches(examples, 4, pad_id=0)] == [4, 1]
+    monkeypatch.setattr("curvlib.batches.AT_ONCE", 10)
+    small = make_batches(examples, 4, pad_id=0, device="cuda")
+    assert [tuple(batch.input_ids.shape) for batch in small] == [(2, 3), (2, 5), (1, 9)]
+    monkeypatch.setattr("curvlib.batches.AT_ONCE", 1)
+    assert [len(batch) for batch in make_batches(examples, 4, pad_id=0, device="cuda")] == [1] * 5
+
+
 def test_logits_are_those_of_each_chat_alone_at_its_answer() -> None:
     _, twin = pair()
     for batch in batches():

@@ -35,7 +35,7 @@ def logits(model: Any) -> torch.Tensor:
 
 def save_base(folder: Path, family: str = "Qwen2", dtype: torch.dtype = torch.float32, **settings: Any) -> str:
     config = getattr(transformers, f"{family}Config")(**(TINY | settings))
-    with torch.random.fork_rng(), warnings.catch_warnings():
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
         model: Any = transformers.AutoModelForCausalLM.from_config(config)
@@ -51,7 +51,7 @@ def save_adapter(base: str, folder: Path, dtype: torch.dtype = torch.float32, **
     """An adapter that peft itself makes on the dense base, every trained number moved."""
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
     kind = settings.pop("kind", peft.LoraConfig)
-    with warnings.catch_warnings(), torch.random.fork_rng():
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
         torch.manual_seed(1)
         options = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"} | (

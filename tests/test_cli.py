@@ -58,6 +58,11 @@ def test_unknown_names_tell_the_known_ones(tmp_path: Path) -> None:
         (KeyboardInterrupt(), 130, "give the same command again to resume"),
         (OSError(errno.ENOSPC, "No space left on device", "/x/y"), 1, "the disk is full at /x/y"),
         (CurvlibError("what to do"), 1, "what to do"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB."),
+            1,
+            "CUDA out of memory: give shorter",
+        ),
     ],
 )
 def test_what_stops_a_run_is_told_in_one_line(
@@ -71,12 +76,13 @@ def test_what_stops_a_run_is_told_in_one_line(
     assert line in error_line(capsys)
 
 
-def test_a_defect_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("defect", [PermissionError(errno.EACCES, "x"), RuntimeError("x")])
+def test_a_defect_of_ours_keeps_its_traceback(defect: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*_: object, **__: object) -> None:
-        raise PermissionError(errno.EACCES, "x")
+        raise defect
 
     monkeypatch.setattr(runner, "run", stop)
-    with pytest.raises(PermissionError):
+    with pytest.raises(type(defect)):
         main(["run"])
 
 

@@ -50,7 +50,7 @@ FOUR_BITS += ["Cohere", "StableLm", "GPTNeoX", "GPT2", "Mixtral"]
 
 def model_of(name: str, settings: dict[str, Any]) -> Any:
     config = getattr(transformers, f"{name}Config")(**(SIZES | settings))
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         options = {"attn_implementation": "eager", "experts_implementation": "eager"}
         model = transformers.AutoModelForCausalLM.from_config(config, **options).double()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from curvlib import finetune
-from curvlib.batches import Example, answer_loss, make_batches
+from curvlib.batches import Batch, Example, answer_loss, make_batches
 from curvlib.errors import CurvlibError
 from curvlib.finetune import TrainingConfig, batch_stream, train
 from curvlib.parameters import flatten, trainable
@@ -22,8 +22,8 @@ def examples(count: int = 10) -> list[Example]:
     return [Example(tuple(row[: 6 + i % 3]), (*[-100] * 4, *row[4 : 6 + i % 3])) for i, row in enumerate(tokens)]
 
 
-def test_the_loss_falls_and_only_the_adapter_moves() -> None:
-    model = cases.nf4_llama()
+def test_the_loss_falls_and_only_the_adapter_moves(device: str) -> None:
+    model = cases.nf4_llama(device=device)
     frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
     before = flatten(trainable(model))
     result = train(model, examples(), CONFIG, pad_id=0)
@@ -46,6 +46,17 @@ def test_one_step_is_adamw_by_hand() -> None:
     expected = before - 1e-2 * gradient / (gradient.abs() + 1e-8)
     large = gradient.abs() > 1e-5  # below, float32 rounding of g decides the sign
     torch.testing.assert_close(flatten(parameters).double()[large], expected[large], atol=1e-5, rtol=0)
+
+
+def test_a_batch_in_parts_is_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, cut = cases.nf4_llama(), cases.nf4_llama()
+    few = TrainingConfig(steps=3, batch_size=3, learning_rate=1e-3)
+    losses = train(whole, examples(), few, pad_id=0).losses
+    cut_up = Batch.affordable  # of a batch that is made; the one of a step gets the model's device
+    monkeypatch.setattr(Batch, "affordable", lambda b, d: cut_up(b, d) if isinstance(d, str) else b.parts(2))
+    again = train(cut, examples(), few, pad_id=0).losses
+    assert again == pytest.approx(losses, rel=1e-4)
+    torch.testing.assert_close(flatten(trainable(cut)), flatten(trainable(whole)), atol=1e-4, rtol=0)
 
 
 def test_a_killed_run_ends_where_the_other_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

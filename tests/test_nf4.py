@@ -17,8 +17,6 @@ from curvlib import nf4
 from curvlib.errors import CurvlibError
 from tests.cases import SavedTensors, quantise, random, relative_error
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
-
 
 def layer(device: str = "cpu", *, bias: bool = True) -> Any:
     parent = nn.Sequential(nn.Linear(64, 192, bias=bias))
@@ -60,7 +58,6 @@ def derivatives(f: Any, x: Tensor, v: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # torch 2.13's own, at the first jvp
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("training", [True, False])
 def test_derivatives_of_every_kind_match_the_dense_twin(device: str, training: bool) -> None:
     linear = layer(device).train(training)

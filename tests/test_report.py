@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
 from curvlib.errors import CurvlibError
 from curvlib.evaluate.stats import Estimate
@@ -32,6 +33,14 @@ def test_results_are_written_and_read_back(tmp_path: Path, capsys: pytest.Captur
     assert 0 <= record.wall_s < 60
     assert set(record.versions) == {"python", "curvlib", "torch", "transformers", "peft", "bitsandbytes"}
     assert [file.name for file in path.parent.iterdir()] == ["01_x.results.json"]
+
+
+def test_a_gpu_is_named_where_the_tier_ran_on_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    faked = {"is_available": True, "get_device_name": "H200", "max_memory_allocated": 21_460_000_000}
+    for name, value in faked.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    told = {tier: load_record(Results("01_x", tier, 0, str(tmp_path / tier)).save()).device for tier in ("cpu", "gpu")}
+    assert told == {"cpu": "cpu", "gpu": "H200, 21.5 GB at most, float32 products, bfloat16 answers"}
 
 
 def test_an_estimate_stands_for_its_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

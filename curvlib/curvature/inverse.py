@@ -162,7 +162,7 @@ def fit(
         seed: of the labels.
 
     Cost: one gradient for the sampled Fisher matrix and a backward pass for each further draw; two gradients for
-    ``ekfac``; nothing for the other ones.
+    ``ekfac``, five of a large model; nothing for the other ones.
 
     Raises:
         CurvlibError: the name is unknown, or there are no chats.
@@ -182,7 +182,8 @@ def fit(
         return Fit(name, operator, fisher, passes + 2 * sum(map(len, batches)))
     if name in ("fisher", "diagonal"):
         assert fisher
-        operator = fisher if name == "fisher" else DiagonalOperator(fisher.rows.square().sum(dim=0))
+        squares = fisher.rows.square().sum(dim=0).to(next(model.parameters()).device)
+        operator = fisher if name == "fisher" else DiagonalOperator(squares)
         return Fit(name, operator, fisher, passes)
     operator = exact = (hessian if name == "hessian" else ggn)(model, batches)
     if weights is not None:

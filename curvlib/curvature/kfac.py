@@ -32,11 +32,14 @@ from torch import Tensor, nn
 
 from curvlib.batches import IGNORED, Batch, answer_logits, answer_targets, at_least_float32
 from curvlib.curvature.closed_form import fused
-from curvlib.curvature.kronecker import EKFAC, Basis, Block, rotate
+from curvlib.curvature.kronecker import EKFAC, ROUNDS, Basis, Block, eigenvectors, rotate
 from curvlib.errors import CurvlibError
 from curvlib.parameters import trainable
 
+WHOLE = 2 * 2**30  # bytes of factors that are formed whole, as SmolLM2's are; those of a 7B model take 129 GB
 Fisher = Literal["sampled", "empirical"]
+Side = tuple[str, str]  # "in" for A or "out" for S, and the map's name
+Factors = tuple[dict[Side, Tensor], dict[str, str]]
 Visit = Callable[[str, Tensor, Tensor, Tensor], None]
 
 
@@ -59,19 +62,23 @@ def ekfac(
         seed: of the labels and of the subspace iteration.
 
     Maps that read the same tensor (LoRA's of q, k and v) share one input factor. Cost: two gradients of all batches and
-    the eigenvectors; memory: :math:`d^2` numbers a factor while it is fitted.
+    the eigenvectors; memory: :math:`d^2` numbers a factor while it is fitted. Where all would take more than ``WHOLE``
+    bytes and there is a ``rank``, none is formed: each round reads all batches again, which is five gradients in all.
 
     Raises:
         CurvlibError: a trainable parameter is not the weight of one linear map, or takes no part in the loss.
     """
     maps, shares = linear_maps(model), list(weights or [1.0] * len(batches))
     device = next(iter(maps.values())).weight.device
-    labels = torch.Generator(device).manual_seed(seed)
-    sketch = torch.Generator(device).manual_seed(seed)
-    inputs, outputs, owners = _factors(model, batches, shares, maps, labels)
-    shared = {name: _eigenvectors(inputs.pop(name), rank, sketch) for name in list(inputs)}  # frees each factor
-    left = {name: _eigenvectors(outputs.pop(name), rank, sketch) for name in list(outputs)}
-    bases = {name: (left[name], shared[owners[name]]) for name in maps}
+    labels, sketch = (torch.Generator(device).manual_seed(seed) for _ in range(2))
+    count = partial(_factors, model, batches, shares, maps, labels)
+    if rank and 4 * sum(map_.in_features**2 + map_.out_features**2 for map_ in maps.values()) > WHOLE:
+        basis, owners = _sketched(count, labels, rank, sketch)
+    else:
+        factors, owners = count(lambda _, rows: rows)
+        order = sorted(factors, key=lambda side: side[0])
+        basis = {side: eigenvectors(factors.pop(side), rank, sketch) for side in order}  # frees each factor
+    bases = {name: (basis["out", name], basis["in", owners[name]]) for name in maps}
     values = _eigenvalues(model, batches, shares, maps, bases, labels)
     places = flat_places(model)
     blocks = tuple(Block(name, places[id(map_.weight)], *bases[name], values[name]) for name, map_ in maps.items())
@@ -106,10 +113,13 @@ def _factors(
     weights: Sequence[float],
     maps: dict[str, nn.Linear],
     labels: torch.Generator,
-) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, str]]:
-    """Return A by owner, S by map, and map -> owner of its A (the first map seen to read the same tensor)."""
-    inputs: dict[str, Tensor] = {}
-    outputs: dict[str, Tensor] = {}
+    times: Callable[[Side, Tensor], Tensor],
+) -> Factors:
+    r"""Return A by owner and S by map, and map -> owner of its A (the first map seen to read the same tensor).
+
+    With rows R, :math:`A = R^\top R`; returned is :math:`R^\top` ``times(side, R)``.
+    """
+    factors: dict[Side, Tensor] = {}
     owners: dict[str, str] = {}
     positions: dict[str, int] = {}
     readers: dict[tuple[Any, ...], tuple[str, Tensor]] = {}  # holds the tensors, so that no address is used twice
@@ -118,19 +128,39 @@ def _factors(
         owners.setdefault(name, readers.setdefault((a.data_ptr(), a.shape, a.stride()), (name, a))[0])
         if owners[name] == name:
             rows = at_least_float32(a)[counted]
-            inputs[name] = inputs.get(name, 0) + weight * (rows.mT @ rows)
+            factors["in", name] = factors.get(("in", name), 0) + weight * (rows.mT @ times(("in", name), rows))
             positions[name] = positions.get(name, 0) + len(rows)
         rows = g[counted]
-        outputs[name] = outputs.get(name, 0) + weight * (rows.mT @ rows)
+        factors["out", name] = factors.get(("out", name), 0) + weight * (rows.mT @ times(("out", name), rows))
 
     for batch, weight in zip(batches, weights, strict=True):
         visit_maps(model, batch, maps, partial(visit, weight), "sampled", labels)
         readers.clear()
-    for name, factor in inputs.items():
-        factor /= positions[name]
-    for factor in outputs.values():
-        factor /= sum(batch.tokens for batch in batches)
-    return inputs, outputs, owners
+    tokens = sum(batch.tokens for batch in batches)
+    for (side, name), factor in factors.items():
+        factor /= positions[name] if side == "in" else tokens
+    return factors, owners
+
+
+def _sketched(
+    count: Callable[..., Factors], labels: torch.Generator, rank: int, sketch: torch.Generator
+) -> tuple[dict[Side, Basis], dict[str, str]]:
+    """Return the bases that :func:`eigenvectors` would, and the owners; each ``count`` reads all batches."""
+    state, columns = labels.get_state(), dict[Side, Tensor]()
+
+    def times(side: Side, rows: Tensor) -> Tensor:
+        if side not in columns:
+            columns[side] = torch.randn(rows.shape[1], rank, generator=sketch, device=rows.device, dtype=rows.dtype)
+        return rows @ columns[side]
+
+    for _ in range(ROUNDS):
+        labels.set_state(state)
+        for side, product in count(times)[0].items():
+            columns[side] = torch.linalg.qr(product).Q
+    labels.set_state(state)
+    products, owners = count(times)
+    turned = {side: torch.linalg.eigh(columns[side].mT @ product).eigenvectors for side, product in products.items()}
+    return {side: Basis(columns[side] @ turned[side]) for side in products}, owners
 
 
 def _eigenvalues(
@@ -238,13 +268,3 @@ def chat_products(a: Tensor, g: Tensor) -> Tensor:
     """
     a = at_least_float32(a)
     return g.mT @ a if g.shape[-1] <= a.shape[-1] else (a.mT @ g).mT
-
-
-def _eigenvectors(factor: Tensor, rank: int | None, sketch: torch.Generator) -> Basis:
-    """Return the (leading) eigenvectors of a positive semi-definite matrix."""
-    if rank is None or rank >= len(factor):
-        return Basis(torch.linalg.eigh(factor).eigenvectors)
-    columns = torch.randn(len(factor), rank, generator=sketch, device=factor.device, dtype=factor.dtype)
-    for _ in range(3):  # subspace iteration; more rounds move the last few columns only
-        columns = torch.linalg.qr(factor @ columns).Q
-    return Basis(columns @ torch.linalg.eigh(columns.mT @ factor @ columns).eigenvectors)

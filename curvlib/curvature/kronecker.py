@@ -11,18 +11,16 @@ leave out is then one isotropic piece with one shared eigenvalue for each column
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from curvlib.curvature.operator import Operator, check_vector
 from curvlib.errors import CurvlibError
+
+ROUNDS = 3  # of subspace iteration; more move the last few columns only
 
 
 @dataclass(frozen=True)
@@ -90,6 +88,16 @@ class Block:
         out[share] = self.left.back(self.right.back(x).mT).mT.reshape(-1)
 
 
+def eigenvectors(factor: Tensor, rank: int | None, sketch: torch.Generator) -> Basis:
+    """Return the (leading) eigenvectors of a positive semi-definite matrix."""
+    if rank is None or rank >= len(factor):
+        return Basis(torch.linalg.eigh(factor).eigenvectors)
+    columns = torch.randn(len(factor), rank, generator=sketch, device=factor.device, dtype=factor.dtype)
+    for _ in range(ROUNDS):
+        columns = torch.linalg.qr(factor @ columns).Q
+    return Basis(columns @ torch.linalg.eigh(columns.mT @ factor @ columns).eigenvectors)
+
+
 def rotate(left: Basis, right: Basis, x: Tensor) -> Tensor:
     """Return (..., out, in) in the coordinates of both bases."""
     return left.into(right.into(x).mT).mT
@@ -130,40 +138,6 @@ class EKFAC(Operator):
 
     def _function(self, function: Callable[[Tensor], Tensor]) -> EKFAC:
         return replace(self, blocks=tuple(replace(block, values=function(block.values)) for block in self.blocks))
-
-    def save(self, path: Path, *, half: bool = False) -> None:
-        """Write a safetensors file.
-
-        Bytes: d * k numbers a basis (in float16 with ``half``) plus the eigenvalues, in ``dtype``.
-        """
-        bases = list({id(basis): basis for block in self.blocks for basis in (block.left, block.right)}.values())
-        index = {id(basis): number for number, basis in enumerate(bases)}
-        rows = [(b.name, b.weight, index[id(b.left)], index[id(b.right)]) for b in self.blocks]
-        stored = torch.float16 if half else self.dtype
-        tensors = {f"basis.{n}": basis.vectors.to(stored).contiguous() for n, basis in enumerate(bases)}
-        tensors |= {f"values.{n}": block.values.contiguous() for n, block in enumerate(self.blocks)}
-        save_file(tensors, path, {"ekfac": json.dumps({"size": self.size, "blocks": rows})})
-
-    @classmethod
-    def load(cls, path: Path, device: torch.device | str = "cpu") -> EKFAC:
-        """Read a file that :meth:`save` wrote.
-
-        Raises:
-            CurvlibError: the file is missing, damaged, or something else.
-        """
-        try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
-                header = json.loads((file.metadata() or {})["ekfac"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-            dtype = tensors["values.0"].dtype
-            bases = {n: Basis(t.to(dtype)) for n, t in tensors.items() if n.startswith("basis.")}
-            blocks = tuple(
-                Block(name, weight, bases[f"basis.{left}"], bases[f"basis.{right}"], tensors[f"values.{number}"])
-                for number, (name, weight, left, right) in enumerate(header["blocks"])
-            )
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise CurvlibError(f"{path} is not an EK-FAC that can be read ({error!r}): build it anew") from error
-        return cls(header["size"], dtype, tensors["values.0"].device, blocks)
 
 
 def _positive(damping: float) -> float:

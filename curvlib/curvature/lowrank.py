@@ -42,8 +42,8 @@ class LowRankOperator(Operator):
         self.size, self.dtype, self.device = rows.shape[1], rows.dtype, rows.device
 
     def matvec(self, v: Tensor) -> Tensor:
-        """Return the product with v, (P,); cost: two products with U."""
-        return self.rows.T @ (self.rows @ v)
+        """Return the product with v, (P,), on its device; cost: two products with U, where the rows are."""
+        return (self.rows.T @ (self.rows @ v.to(self.device))).to(v.device)
 
     @property
     def scale(self) -> float:
@@ -71,9 +71,9 @@ class LowRankInverse(Operator):
         self.factor = torch.linalg.cholesky(gram + damping * torch.eye(len(rows), device=rows.device).double())
 
     def matvec(self, v: Tensor) -> Tensor:
-        """Return the product with v, (P,); cost: two products with U."""
-        inner = torch.cholesky_solve((self.rows @ v).double()[:, None], self.factor)[:, 0]
-        return (v - self.rows.T @ inner.to(self.dtype)) / self.damping
+        """Return the product with v, (P,), on its device; cost: two products with U."""
+        inner = torch.cholesky_solve((self.rows @ v.to(self.device)).double()[:, None], self.factor)[:, 0]
+        return (v - (self.rows.T @ inner.to(self.dtype)).to(v.device)) / self.damping
 
 
 def chat_gradients(
@@ -137,6 +137,7 @@ def sampled_fisher(
         seed: of the draws.
 
     Cost: one gradient of all chats and a backward pass for each further draw; memory n × P numbers and a batch's rows.
+    Rows that take more than an eighth of a GPU's free memory stay in the host's, and so do the products with them.
 
     Raises:
         CurvlibError: see :func:`chat_gradients`.
@@ -145,10 +146,17 @@ def sampled_fisher(
     labels = torch.Generator(parameters[0].device).manual_seed(seed)
     total = sum(batch.tokens for batch in batches) * samples
     size, count = sum(parameter.numel() for parameter in parameters), samples * sum(len(batch) for batch in batches)
-    rows, end = parameters[0].new_empty(count, size), 0
+    home = _home(count * size * parameters[0].itemsize, parameters[0].device)
+    rows, end = torch.empty(count, size, dtype=parameters[0].dtype, device=home), 0
     for number, batch in enumerate(batches):  # one after the other into their place: no second copy of all rows
         drawn = chat_gradients(model, batch, fisher="sampled", labels=labels, draws=samples)
         if weights is not None:
             drawn *= weights[number] ** 0.5
         rows[end : end + len(drawn)], end = drawn, end + len(drawn)
     return LowRankOperator(rows.mul_(total**-0.5))
+
+
+def _home(needed: int, device: torch.device) -> torch.device:
+    """Return where so many bytes of rows stay."""
+    fits = device.type == "cpu" or needed <= torch.cuda.mem_get_info(device)[0] / 8
+    return device if fits else torch.device("cpu")

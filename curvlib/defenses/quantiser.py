@@ -63,5 +63,5 @@ class QuantisedLinear(nn.Module):
     @torch.no_grad()
     def freeze(self) -> None:
         """Keep the quantised weight in place of the one it came from: nothing is learnt from here on."""
-        self.frozen, self.weight = self.quantised(), self.weight[:0]
+        self.frozen, self.weight = self.quantised(), self.weight.new_empty(0)  # a slice would keep it
         self.requires_grad_(False)

@@ -65,7 +65,7 @@ class Denoiser(nn.Module):
         shape = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": (16, 32)}
         blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
         options = {"layers_per_block": 1, "norm_num_groups": 8, "add_attention": False, "class_embed_type": "identity"}
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.net: Any = UNet2DModel(**shape, **blocks, **options)
 
@@ -170,7 +170,7 @@ def junk(images: Images, n: int, generator: torch.Generator) -> Tensor:
 
 def trained_judge(steps: int) -> nn.Sequential:
     """Return a convolutional classifier, made once: logits (n, 11) of ten digits and none; ``[:-1]`` gives features."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         pixels = [nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU()]
         judge = nn.Sequential(*pixels, nn.MaxPool2d(2), nn.Flatten(), nn.Linear(512, 32), nn.ReLU(), nn.Linear(32, 11))

@@ -50,10 +50,11 @@ def query_gradients(model: nn.Module, examples: Sequence[Example], *, batch_size
     Cost: one gradient of all chats. Errors as above.
     """
     check_examples(model, examples, "query chats")
-    parts = list(in_batches(examples, batch_size))
-    rows = torch.cat([chat_gradients(model, batch) for _, batch in bar(parts, desc="gradients")])
-    rows = rows[torch.tensor([number for index, _ in parts for number in index]).argsort()]
-    return rows / torch.tensor([[example.tokens] for example in examples]).to(rows)
+    parameters = list(trainable(model).values())
+    rows = parameters[0].new_empty(len(examples), sum(parameter.numel() for parameter in parameters))
+    for index, batch in bar(list(in_batches(examples, batch_size)), desc="gradients"):
+        rows[index] = chat_gradients(model, batch)
+    return rows.div_(torch.tensor([[example.tokens] for example in examples]).to(rows))
 
 
 def inner_products(

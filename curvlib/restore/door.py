@@ -75,7 +75,7 @@ def restore_adapter(request: Request) -> str:
     splits = {"task": cut(encoded["task"], SIZES, "task chats", request.seed)}
     splits |= {name: _prompts(name, given.get(name), request.seed) for name in ("harmful", "benign")}
     model = load_pair(request.base, request.adapter, request.device, [e for part in encoded.values() for e in part])
-    batches = partial(make_batches, batch_size=BATCH_SIZE, pad_id=stages.pad_id(tokenizer))
+    batches = partial(make_batches, batch_size=BATCH_SIZE, pad_id=stages.pad_id(tokenizer), device=model.device)
     task = Split(*(batches(part) for part in (splits["task"].learn, splits["task"].choose, splits["task"].show)))
     plan = _plan(model, splits, task.learn)
     if request.dry_run:
@@ -177,7 +177,7 @@ def _chats(model: PeftModel, tokenizer: PreTrainedTokenizerBase, splits: Mapping
 
     def encoded(chats: Sequence[Chat]) -> list[Batch]:
         examples: list[Example] = [open_ended(example) for example in encode(tokenizer, chats, stages.MAX_LENGTH)]
-        return make_batches(examples, BATCH_SIZE, stages.pad_id(tokenizer))
+        return make_batches(examples, BATCH_SIZE, stages.pad_id(tokenizer), model.device)
 
     harmful, benign = splits["harmful"], splits["benign"]
     refused = [SafetyBatches(encoded(_refusals(model, tokenizer, part))) for part in (harmful.learn, harmful.choose)]

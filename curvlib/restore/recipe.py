@@ -50,7 +50,7 @@ def restoration_chats(tier: Tier, tokenizer: PreTrainedTokenizerBase) -> Chats:
     """Return the chats of a tier: restore splits for gradients and curvature, validation splits for judging moves."""
 
     def batches(examples: list[Example]) -> list[Batch]:
-        return make_batches(examples, BATCH_SIZE, pad_id(tokenizer))
+        return make_batches(examples, BATCH_SIZE, pad_id(tokenizer), tier.device)
 
     def safety(split: str, count: int) -> SafetyBatches:
         refusals = stages.refusal_examples(tokenizer, split, count)

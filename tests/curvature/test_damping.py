@@ -159,8 +159,8 @@ def logits(model: Any, batches: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["NF4", "dense"])
-def test_price_is_the_divergence_in_nats_a_token(which: int) -> None:
-    model, batches = cases.pair()[which], cases.batches(4)
+def test_price_is_the_divergence_in_nats_a_token(which: int, device: str) -> None:
+    model, batches = cases.pair(device)[which], cases.batches(4)
     parameters = trainable(model)
     start = flatten(parameters)
     step = 0.3 * cases.random(len(start)).to(start)

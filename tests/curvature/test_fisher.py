@@ -36,10 +36,10 @@ def test_network_against_explicit_gradients_and_not_the_ggn() -> None:
     assert relative_error(GGNOperator(model, parameters, [X]).dense(), operator.dense()) > 0.1
 
 
-def test_4bit_model_matches_its_float64_twin() -> None:
-    model, twin = pair()
+def test_4bit_model_matches_its_float64_twin(device: str) -> None:
+    model, twin = pair(device)
     g = torch.cat([explicit_gradients(chat_losses(twin, part), list(trainable(twin).values())) for part in batches()])
-    v = random(g.shape[1], seed=3).float()
+    v = random(g.shape[1], seed=3).float().to(device)
     exact = g.T @ (g @ v.double()) / len(g)
     assert relative_error(fisher(model, batches()).matvec(v), exact) < 1e-6
     for size in (1, 4):  # 4 + 2 chats: batches count by their chats

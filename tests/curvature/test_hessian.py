@@ -88,9 +88,9 @@ def plain_product(twin: Any, v: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_4bit_model_matches_its_float64_twin_also_after_an_evaluation(training: bool) -> None:
-    model, twin = pair()
-    v = random(hessian(model, batches(), check=False).size, seed=3).float()
+def test_4bit_model_matches_its_float64_twin_also_after_an_evaluation(training: bool, device: str) -> None:
+    model, twin = pair(device)
+    v = random(hessian(model, batches(), check=False).size, seed=3).float().to(device)
     model.train(training)
     with torch.no_grad():
         answer_loss(model, batches()[0])

@@ -23,26 +23,26 @@ WEIGHTS = (0.25, 4.0)
 
 
 @cache
-def fisher() -> Any:
-    return sampled_fisher(cases.pair()[0], CHATS, samples=1)
+def fisher(device: str = "cpu") -> Any:
+    return sampled_fisher(cases.pair(device)[0], CHATS, samples=1)
 
 
-def curvature(name: str) -> Any:
+def curvature(name: str, device: str = "cpu") -> Any:
     """The matrix that a method stands for, made another way."""
-    model = cases.pair()[0]
+    model = cases.pair(device)[0]
     if name == "diagonal":
-        return DiagonalOperator((fisher().rows.T @ fisher().rows).diagonal())
+        return DiagonalOperator((fisher(device).rows.T @ fisher(device).rows).diagonal())
     if name in ("fisher", "ekfac"):
-        return fisher() if name == "fisher" else ekfac(model, CHATS, rank=32)
+        return fisher(device) if name == "fisher" else ekfac(model, CHATS, rank=32)
     return (hessian if name == "hessian" else ggn)(model, CHATS)
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_an_inverse_undoes_its_damped_curvature(name: str) -> None:
-    b, damping = cases.random(fisher().size, dtype=torch.float32), 10 * fisher().scale
-    inverse = fit(name, cases.pair()[0], CHATS).inverse(damping, products=100)
+def test_an_inverse_undoes_its_damped_curvature(name: str, device: str) -> None:
+    b, damping = cases.random(fisher().size, dtype=torch.float32).to(device), 10 * fisher(device).scale
+    inverse = fit(name, cases.pair(device)[0], CHATS).inverse(damping, products=100)
     x = inverse(b)
-    back = x if name == "identity" else curvature(name).matvec(x) + damping * x
+    back = x if name == "identity" else curvature(name, device).matvec(x) + damping * x
     assert cases.relative_error(back, b) < 5e-3
     assert cases.relative_error(back + 0.01 * b, b) > 5e-3  # the check can fail
     assert (inverse.solve(b).products > 0) == (name in ("ggn", "lbfgs", "hessian"))

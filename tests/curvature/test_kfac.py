@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from curvlib.batches import IGNORED, Batch
+from curvlib.curvature import kfac
 from curvlib.curvature.ggn import ggn
 from curvlib.curvature.kfac import ekfac
-from curvlib.curvature.kronecker import EKFAC
 from curvlib.errors import CurvlibError
 
 SYMBOLS, INPUTS = 6, 4
@@ -111,17 +110,22 @@ def test_labels_are_seeded_without_touching_the_global_state() -> None:
     assert model.linear.weight.grad is None
 
 
-def test_file_round_trip(tmp_path: Path) -> None:
-    fitted = ekfac(SoftmaxRegression(3), [one_token([0, 1, 2])], rank=2)
-    v = torch.arange(float(fitted.size), dtype=torch.float64)
-    fitted.save(tmp_path / "full")
-    fitted.save(tmp_path / "half", half=True)
-    assert torch.equal(EKFAC.load(tmp_path / "full").matvec(v), fitted.matvec(v))
-    torch.testing.assert_close(EKFAC.load(tmp_path / "half").matvec(v), fitted.matvec(v), rtol=0.01, atol=0.01)
-    (tmp_path / "full").write_bytes((tmp_path / "full").read_bytes()[:-40])
-    for name in ("full", "absent"):
-        with pytest.raises(CurvlibError, match=f"{name} is not an EK-FAC"):
-            EKFAC.load(tmp_path / name)
+def test_without_any_whole_factor_the_model_is_the_same(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # two symbols span two of four inputs, three classes have three outputs: three columns lose nothing
+    model, batches = SoftmaxRegression(3).to(device), [one_token([0, 1, 1, 0]), one_token([1])]
+    whole, other = (ekfac(model, batches, rank=3, seed=seed).dense() for seed in (0, 1))
+    shapes, count = set[tuple[int, ...]](), kfac._factors
+
+    def watched(*arguments: Any) -> Any:
+        factors, owners = count(*arguments)
+        shapes.update(tuple(factor.shape) for factor in factors.values())
+        return factors, owners
+
+    monkeypatch.setattr(kfac, "_factors", watched)
+    monkeypatch.setattr(kfac, "WHOLE", 0)
+    torch.testing.assert_close(ekfac(model, batches, rank=3, seed=0).dense(), whole)
+    assert shapes == {(INPUTS, 3), (3, 3)}
+    assert distance(other, whole) > 0.01  # so that labels of another pass would be seen
 
 
 class Misused(SoftmaxRegression):

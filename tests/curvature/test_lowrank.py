@@ -8,7 +8,7 @@ import torch
 from curvlib.batches import answer_loss
 from curvlib.curvature.forward import flat_gradient
 from curvlib.curvature.ggn import ggn
-from curvlib.curvature.lowrank import LowRankOperator, chat_gradients, sampled_fisher
+from curvlib.curvature.lowrank import LowRankOperator, _home, chat_gradients, sampled_fisher
 from curvlib.errors import CurvlibError
 from curvlib.parameters import trainable
 from tests import cases
@@ -31,10 +31,22 @@ def test_no_inverse_without_damping(damping: float) -> None:
         LowRankOperator(ROWS).inverse(damping)
 
 
-def test_sampled_fisher_estimates_the_gauss_newton_matrix() -> None:
-    model, batches = cases.pair()[0], cases.batches(3)
+def test_rows_that_fill_a_gpu_stay_on_the_host(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, host = torch.device("cuda"), torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (800, 1000))
+    assert [_home(needed, gpu) for needed in (100, 101)] == [gpu, host]
+    assert _home(101, host) == host
+    v = cases.random(9, seed=1).to(device)
+    here, there = LowRankOperator(ROWS.to(device)), LowRankOperator(ROWS)
+    for mine, other in ((here, there), (here.inverse(0.3), there.inverse(0.3))):
+        assert mine.matvec(v).device == other.matvec(v).device == v.device
+        assert cases.relative_error(mine.matvec(v), other.matvec(v)) < 1e-12
+
+
+def test_sampled_fisher_estimates_the_gauss_newton_matrix(device: str) -> None:
+    model, batches = cases.pair(device)[0], cases.batches(3)
     fisher, exact = sampled_fisher(model, batches, samples=600, seed=0), ggn(model, batches)
-    v = cases.random(exact.size, dtype=torch.float32)
+    v = cases.random(exact.size, dtype=torch.float32).to(device)
     form = float(v @ exact.matvec(v))
     shares = (fisher.rows @ v).square()
     error = float(shares.std() * len(shares) ** 0.5)  # of the sum over the rows
@@ -42,16 +54,16 @@ def test_sampled_fisher_estimates_the_gauss_newton_matrix() -> None:
     assert error < 0.1 * form  # so that a wrong scale would be seen
 
 
-def test_the_seed_decides_the_labels() -> None:
-    model, batches = cases.pair()[0], cases.batches(2)
+def test_the_seed_decides_the_labels(device: str) -> None:
+    model, batches = cases.pair(device)[0], cases.batches(2)
     first, again, other = (sampled_fisher(model, batches, seed=seed).rows for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["NF4", "dense"])
-def test_each_row_is_the_gradient_of_one_chat(which: int) -> None:
-    model, batches = cases.pair()[which], cases.batches(3)
+def test_each_row_is_the_gradient_of_one_chat(which: int, device: str) -> None:
+    model, batches = cases.pair(device)[which], cases.batches(3)
     for batch in batches:
         rows = chat_gradients(model, batch)
         for number, row in enumerate(rows):

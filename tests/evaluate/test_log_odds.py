@@ -33,7 +33,7 @@ def grown(*, uniform: bool = False) -> LlamaForCausalLM:
     """The toy model with rows for the new words; every row of its head differs, unless it is uniform."""
     model: Any = llama()
     model.resize_token_embeddings(len(wordy()), mean_resizing=False)
-    with torch.random.fork_rng(), torch.no_grad():
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(3)
         for table in (model.model.embed_tokens.weight, model.lm_head.weight):
             table.normal_(std=0.6)

@@ -52,7 +52,7 @@ def llama(seed: int = 0, *, uniform: bool = False) -> LlamaForCausalLM:
         pad_token_id=0,
         attn_implementation="eager",
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
         for parameter in model.parameters():

@@ -48,8 +48,10 @@ def test_a_step_equals_the_same_change_of_dense_weights(dense: bool) -> None:
 
 
 @pytest.mark.parametrize("interrupt", [None, KeyboardInterrupt, ValueError])
-def test_a_4bit_model_is_bit_identical_afterwards_also_when_interrupted(interrupt: type[BaseException] | None) -> None:
-    model = cases.nf4_llama()
+def test_a_4bit_model_is_bit_identical_afterwards_also_when_interrupted(
+    interrupt: type[BaseException] | None, device: str
+) -> None:
+    model = cases.nf4_llama(device=device)
     step = random_direction(model, seed=0)
     before, losses = snapshot(model), outputs(model)
     try:

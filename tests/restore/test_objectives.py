@@ -27,8 +27,8 @@ def divergence(twin: cases.Twin, batch: cases.Batch) -> torch.Tensor:
     return (base * (base.log() - present.log())).sum(-1).mean()
 
 
-def test_distillation_has_the_gradient_of_the_dense_twin() -> None:
-    model, twin = cases.nf4_llama(), cases.Twin(cases.nf4_llama())
+def test_distillation_has_the_gradient_of_the_dense_twin(device: str) -> None:
+    model, twin = cases.nf4_llama(device=device), cases.Twin(cases.nf4_llama(device=device))
     parts = objectives.terms("distill", SAFETY, {"benign": TASK})
     found = objectives.gradient(model, parts, list(trainable(model).values()))
     weights = [[batch.tokens / sum(b.tokens for b in group) for batch in group] for group in (REFUSALS, TASK)]

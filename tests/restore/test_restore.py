@@ -64,13 +64,13 @@ def lesson(model: Any, metric: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("metric", ["identity", "diagonal", "ekfac"])
-def test_it_is_the_lessons_loop(metric: str) -> None:
-    model = cases.nf4_llama()
+def test_it_is_the_lessons_loop(metric: str, device: str) -> None:
+    model = cases.nf4_llama(device=device)
     result = run(model, metric=metric)
     assert result.stop_reason == "reached the goal"
     assert len(result.path) > 2
     assert result.path[-1].loss == pytest.approx(result.goal, abs=0.01)
-    torch.testing.assert_close(result.after, lesson(cases.nf4_llama(), metric), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(result.after, lesson(cases.nf4_llama(device=device), metric), rtol=1e-4, atol=1e-5)
     assert torch.equal(flatten(trainable(model)), result.after)
 
 

@@ -91,7 +91,7 @@ class CrossEntropy(Differentiable):
 
     def _bend(self, cotangents: Tensors, g: Tensor, logits: Tensor, targets: Tensor, total: Tensor) -> Slopes:
         along, result = logits.new_zeros(()), torch.empty_like(logits)
-        rows = max(1, CHUNK // logits.shape[1])
+        rows = max(1, CHUNK // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
         parts = (t.split(rows) for t in (cotangents[0], logits, targets, total, result))
         for c, z, target, sums, out in zip(*parts, strict=True):
             torch.sub(z, sums[:, None], out=out).exp_().mul_(c)
@@ -152,8 +152,9 @@ class Gated(Differentiable):
 
 
 def _pieces(*tensors: Tensor) -> Iterator[Tensors]:
-    """Yield the tensors' elements side by side, as many at once as stay in the cache."""
-    return zip(*(tensor.contiguous().view(-1).split(CHUNK) for tensor in tensors), strict=True)
+    """Yield the tensors' elements side by side, as many at once as stay in a CPU's cache; on a GPU all at once."""
+    size = CHUNK if tensors[0].device.type == "cpu" else tensors[0].numel()
+    return zip(*(tensor.contiguous().view(-1).split(size) for tensor in tensors), strict=True)
 
 
 class ClosedForm(TorchFunctionMode):

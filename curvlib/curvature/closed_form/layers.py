@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from curvlib.curvature.closed_form.functions import Differentiable, Gated, Norm, Slopes, Tensors
 from curvlib.nf4 import is_installed, transposable_matmul
 
+WIDE = (torch.float32, torch.float64)
 Watch = Callable[[nn.Linear, Tensor, Tensor], None]
 
 
@@ -72,13 +73,13 @@ def _is_plain(module: Any) -> bool:
 
 
 def _norm(module: Any, x: Tensor) -> Any:
-    if x.dtype not in (torch.float32, torch.float64) or module.weight.requires_grad or not x.requires_grad:
+    if x.dtype not in WIDE or module.weight.requires_grad or not x.requires_grad:
         return type(module).forward(module, x)
     return Norm()(x, module.weight, module.variance_epsilon)
 
 
 def _gated(module: Any, x: Tensor) -> Any:
-    if type(module.act_fn).__name__ not in ("SiLU", "SiLUActivation"):
+    if type(module.act_fn).__name__ not in ("SiLU", "SiLUActivation") or x.dtype not in WIDE:
         return type(module).forward(module, x)
     return module.down_proj(Gated()(module.gate_proj(x), module.up_proj(x)))
 

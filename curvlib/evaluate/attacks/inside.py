@@ -83,7 +83,7 @@ def rounded(model: nn.Module, *, shuffle: int | None = None) -> Iterator[None]:
         error = dequantize_4bit(codes, state).view_as(weight) - weight
         if shuffle is not None:
             error = error.flatten()[torch.randperm(error.numel(), generator=draw).to(error.device)].view_as(error)
-        errors[layer.base_layer] = partial(_add, error)
+        errors[layer.base_layer] = partial(_add, error.cpu())  # 26 GB at 7B, too many for a GPU
     with _hooked(errors):
         yield
 
