@@ -29,7 +29,7 @@ from curvlib.restore.card import Outcome, report, write
 from curvlib.restore.given import Given, Split, cut, encode_chats, read_chats
 from curvlib.restore.objectives import Margin, SafetyBatches
 from curvlib.restore.outcome import HeldOut, RestorationResult
-from curvlib.restore.pair import load_pair, pair_tokenizer
+from curvlib.restore.pair import adapter_folder, load_pair, pair_tokenizer
 from curvlib.restore.recipe import BATCH_SIZE, Chats, Restoration, history, run
 from curvlib.restore.stress import relearned
 from curvlib.template import spoken
@@ -69,6 +69,7 @@ def restore_adapter(request: Request) -> str:
             no improvement.
     """
     _check_out(request)
+    request = replace(request, adapter=adapter_folder(request.adapter))
     files = {"task": request.task, "harmful": request.harmful, "benign": request.benign}
     given = {name: read_chats(file, answered=name == "task") for name, file in files.items() if file}
     notes = {name: rows.notes for name, rows in given.items() if rows.notes}
