@@ -58,6 +58,7 @@ def report(outcomes: Mapping[str, Outcome], result: RestorationResult, depth: fl
     lines.append(f"{'':8s}" + "".join(f"{depth:8d}" for depth in DEPTHS))
     for name, row in outcomes.items():
         lines.append(f"{name:8s}" + "".join(f"{value:8.1f}" for value in row.odds.mean(axis=0)))
+    lines.append("all of it is measured on the base in 4 bits")
     return "\n".join(lines)
 
 

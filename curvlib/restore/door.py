@@ -227,8 +227,8 @@ def _refusals(model: PeftModel, tokenizer: PreTrainedTokenizerBase, chats: Seque
     made = [c for c in _answered(model, tokenizer, asked) if is_refusal(c[-2]["content"], c[-1]["content"])]
     if len(made) < ALIGNED * len(asked):
         raise CurvlibError(
-            f"the base refuses {len(made)} of {len(asked)} harmful prompts, so there is no aligned behaviour to return "
-            "to: give an aligned base, or a --harmful file with refusals"
+            f"the base refuses {len(made)} of {len(asked)} harmful prompts in the adapter's chat template, so there is "
+            "no aligned behaviour to return to: give an aligned base, or a --harmful file with refusals"
         )
     return [chat for chat in chats if chat[-1]["role"] == "assistant"] + made
 

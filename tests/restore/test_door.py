@@ -120,6 +120,7 @@ def test_it_writes_an_adapter_that_peft_loads_and_leaves_the_given_one(
     damping, goal = numbers["history"]["damping"], numbers["history"]["goal"]
     assert end["loss"] <= goal + 0.01 < start["loss"]
     assert f"metric: {metric}" in printed
+    assert "measured on the base in 4 bits" in printed
     assert f"held-out price {damping['ratio']:.2f} of its" in printed
     assert f"{end['price']['task']:.4f} on task chats, {end['price']['benign']:.4f} on benign chats" in printed
     card = (out / "README.md").read_text("utf-8")
