@@ -71,13 +71,17 @@ def parser() -> argparse.ArgumentParser:
 def _add_restore(commands: Any) -> None:
     restore = commands.add_parser("restore", help="bring refusals back to a fine-tuned LoRA adapter")
     restore.add_argument("--base", required=True, help="the aligned model: smollm2, a Hub id or a folder")
-    restore.add_argument("--adapter", required=True, type=Path, help="folder of the adapter in peft format; only read")
+    restore.add_argument("--adapter", required=True, type=Path, help="folder or Hub id of a peft adapter; only read")
     restore.add_argument("--task", required=True, type=Path, help="JSONL, JSON, CSV, Parquet, Hub id: what must stay")
     restore.add_argument("--out", required=True, type=Path, help="new folder for the restored adapter")
     restore.add_argument("--harmful", type=Path, help="prompts, perhaps with refusals; default: our own")
     restore.add_argument("--benign", type=Path, help="prompts that must not be refused; default: our own")
     how = "share of the way back to the base's refusals, more than 0 and at most 1; default: 0.7"
     restore.add_argument("--strength", type=float, default=0.7, help=how)
+    deep = "stop where the mean log-odds of refusing on validation requests reaches NATS, in place of --strength"
+    restore.add_argument("--depth", type=float, metavar="NATS", help=deep)
+    stress = "attack the result by relearning, eight steps, and tell how long its refusals last; nothing more is kept"
+    restore.add_argument("--stress", action="store_true", help=stress)
     restore.add_argument("--limit", type=float, metavar="NATS", help="most that task or benign chats may pay a token")
     restore.add_argument("--objective", default="refusal", choices=("refusal", "distill"))
     metrics = ("ekfac", "diagonal", "fisher", "ggn", "hessian", "lbfgs", "identity")
@@ -124,7 +128,7 @@ def _restore(options: argparse.Namespace) -> int:
     from curvlib.restore.door import Request, restore_adapter
     from curvlib.restore.recipe import Restoration
 
-    names = ("base", "adapter", "task", "out", "harmful", "benign", "seed", "device", "dry_run")
+    names = ("base", "adapter", "task", "out", "harmful", "benign", "depth", "stress", "seed", "device", "dry_run")
     how = Restoration(options.objective, options.metric, options.strength, options.limit)
     print(restore_adapter(Request(**{name: getattr(options, name) for name in names}, how=how)))
     if not options.dry_run:

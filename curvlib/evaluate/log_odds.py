@@ -75,5 +75,19 @@ def targets(
     return prefix, sorted(refused), sorted(follow)
 
 
+def first_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Return the first tokens of refusals and of openings, which no prompt changes.
+
+    Raises:
+        CurvlibError: some begin both, so that the first token does not tell.
+    """
+    _, refusals, openings = targets(tokenizer, "Write a poem", 0, 1)
+    no, yes = [tail[0] for tail in refusals], [tail[0] for tail in openings]
+    if both := {*no} & {*yes}:
+        words = tokenizer.decode(sorted(both))
+        raise CurvlibError(f"refusals and openings both begin with {words!r} in this tokenizer: give no --depth")
+    return no, yes
+
+
 def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from math import inf
 from pathlib import Path
 from time import perf_counter
 
@@ -19,17 +20,18 @@ from curvlib.curvature.memory import forecast_memory
 from curvlib.errors import CurvlibError
 from curvlib.evaluate.behaviour import measure_behaviour, reference_model
 from curvlib.evaluate.judge import is_refusal
-from curvlib.evaluate.log_odds import safety_log_odds
+from curvlib.evaluate.log_odds import first_tokens, safety_log_odds
 from curvlib.generate import Model, generate
 from curvlib.parameters import assign, trainable
 from curvlib.progress import say
 from curvlib.restore import objectives
 from curvlib.restore.card import Outcome, report, write
 from curvlib.restore.given import Given, Split, cut, encode_chats, read_chats
-from curvlib.restore.objectives import SafetyBatches
+from curvlib.restore.objectives import Margin, SafetyBatches
 from curvlib.restore.outcome import HeldOut, RestorationResult
-from curvlib.restore.pair import load_pair, pair_tokenizer
+from curvlib.restore.pair import adapter_folder, load_pair, pair_tokenizer
 from curvlib.restore.recipe import BATCH_SIZE, Chats, Restoration, history, run
+from curvlib.restore.stress import relearned
 from curvlib.template import spoken
 
 SIZES = (32, 24, 32)  # most rows of each kind to learn from, to choose by, to show
@@ -48,6 +50,8 @@ class Request:
     harmful: Path | None = None
     benign: Path | None = None
     how: Restoration = field(default_factory=Restoration)
+    depth: float | None = None
+    stress: bool = False
     seed: int = 0
     device: str | None = None
     dry_run: bool = False
@@ -65,6 +69,7 @@ def restore_adapter(request: Request) -> str:
             no improvement.
     """
     _check_out(request)
+    request = replace(request, adapter=adapter_folder(request.adapter))
     files = {"task": request.task, "harmful": request.harmful, "benign": request.benign}
     given = {name: read_chats(file, answered=name == "task") for name, file in files.items() if file}
     notes = {name: rows.notes for name, rows in given.items() if rows.notes}
@@ -82,14 +87,21 @@ def restore_adapter(request: Request) -> str:
         return plan
     say(plan)
     _check_base(model, [*task.learn, *task.choose], request)
-    result = run(model, _chats(model, tokenizer, splits, task), request.how, seed=request.seed)
+    how = request.how if request.depth is None else replace(request.how, objective="margin")
+    result = run(model, _chats(model, tokenizer, splits, task, request.depth), how, seed=request.seed)
     if result.path[0].loss <= result.goal:
         losses = f"{result.path[0].loss:.3f} nats with the adapter, {result.goal:.3f} are asked for"
+        losses = losses if request.depth is None else f"{request.depth - result.path[0].loss:.1f} nats deep"
         raise CurvlibError(f"held-out refusals are as likely as they should be ({losses}): there is nothing to restore")
     if len(result.path) == 1:
         raise _no_improvement(result.stop_reason)
     outcomes = _outcomes(model, tokenizer, splits, task.show, result)
-    text = report(outcomes, result)
+    _check_refusals(outcomes, request.depth)
+    text = report(outcomes, result, request.depth)
+    if request.stress:
+        unseen = splits["harmful"].choose, splits["harmful"].show
+        text += "\n" + relearned(model, tokenizer, *([*map(_prompt, part)] for part in unseen), seed=request.seed)
+        assign(trainable(model), result.after)
     write(model, tokenizer, request.out, text, outcomes, {"history": history(result), "rows": notes})
     return text
 
@@ -101,6 +113,9 @@ def _check_out(request: Request) -> None:
         raise CurvlibError(f"{request.out} lies in the adapter's folder, which is only read: give a folder elsewhere")
     if not 0 < request.how.way <= 1:
         raise CurvlibError(f"strength {request.how.way} was given, expected more than 0 and at most 1: 0.7 is usual")
+    if request.depth is not None and not (0 < request.depth < inf and request.how.objective == "refusal"):
+        given = f"depth {request.depth} with objective {request.how.objective!r} was given"
+        raise CurvlibError(f"{given}, expected nats above 0 without an --objective: 4 is usual")
     try:
         with workspace(beside=request.out):
             pass
@@ -112,6 +127,13 @@ def _no_improvement(reason: str) -> CurvlibError:
     return CurvlibError(
         f"no improvement found ({reason}), nothing was written: give more data, a larger --limit or another --objective"
     )
+
+
+def _check_refusals(outcomes: Mapping[str, Outcome], depth: float | None) -> None:
+    """Raise where refusals did not come back; those that are there may only have become deeper."""
+    before, after = (outcomes[name].harmful.refuses.value for name in ("before", "after"))
+    if after < before or (after == before and depth is None):
+        raise _no_improvement("harmful prompts are refused no more often than before")
 
 
 def _check_base(model: PeftModel, task: Sequence[Batch], request: Request) -> None:
@@ -172,15 +194,28 @@ def _prompt(chat: Chat) -> Chat:
     return chat[:-1] if chat[-1]["role"] == "assistant" else chat
 
 
-def _chats(model: PeftModel, tokenizer: PreTrainedTokenizerBase, splits: Mapping[str, Split], task: Split) -> Chats:
+def _chats(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    splits: Mapping[str, Split],
+    task: Split,
+    depth: float | None,
+) -> Chats:
     """Return restoration's chats: refusals given or made by the base, benign prompts with the base's own answers."""
 
-    def encoded(chats: Sequence[Chat]) -> list[Batch]:
-        examples: list[Example] = [open_ended(example) for example in encode(tokenizer, chats, stages.MAX_LENGTH)]
+    def encoded(chats: Sequence[Chat], tokens: int | None = None) -> list[Batch]:
+        examples: list[Example] = encode(tokenizer, chats, stages.MAX_LENGTH)
+        examples = [open_ended(example, tokens) for example in examples]
         return make_batches(examples, BATCH_SIZE, stages.pad_id(tokenizer), model.device)
 
+    def safety(part: Sequence[Chat]) -> SafetyBatches:
+        chats = _refusals(model, tokenizer, part)
+        if depth is None:
+            return SafetyBatches(encoded(chats))
+        return SafetyBatches(encoded(chats), margin=Margin(encoded(chats, 1), depth, *first_tokens(tokenizer)))
+
     harmful, benign = splits["harmful"], splits["benign"]
-    refused = [SafetyBatches(encoded(_refusals(model, tokenizer, part))) for part in (harmful.learn, harmful.choose)]
+    refused = [safety(part) for part in (harmful.learn, harmful.choose)]
     answered = [encoded(_answered(model, tokenizer, part)) for part in (benign.learn, benign.choose)]
     held_out = HeldOut(refused[1], {"task": task.choose, "benign": answered[1]})
     return Chats(task.learn, refused[0], answered[0], held_out)
@@ -192,8 +227,8 @@ def _refusals(model: PeftModel, tokenizer: PreTrainedTokenizerBase, chats: Seque
     made = [c for c in _answered(model, tokenizer, asked) if is_refusal(c[-2]["content"], c[-1]["content"])]
     if len(made) < ALIGNED * len(asked):
         raise CurvlibError(
-            f"the base refuses {len(made)} of {len(asked)} harmful prompts, so there is no aligned behaviour to return "
-            "to: give an aligned base, or a --harmful file with refusals"
+            f"the base refuses {len(made)} of {len(asked)} harmful prompts in the adapter's chat template, so there is "
+            "no aligned behaviour to return to: give an aligned base, or a --harmful file with refusals"
         )
     return [chat for chat in chats if chat[-1]["role"] == "assistant"] + made
 
@@ -214,7 +249,7 @@ def _outcomes(
     task: Sequence[Batch],
     result: RestorationResult,
 ) -> dict[str, Outcome]:
-    """Measure the base, the given and the restored adapter, in this order; raise where refusals did not come back."""
+    """Measure the base, the given and the restored adapter, and report them in this order."""
     harmful, benign = ([_prompt(chat) for chat in splits[name].show] for name in ("harmful", "benign"))
 
     def measured(state: Model) -> Outcome:
@@ -224,8 +259,6 @@ def _outcomes(
     after = measured(model)
     assign(trainable(model), result.before)
     before = measured(model)
-    if after.harmful.refuses.value <= before.harmful.refuses.value:
-        raise _no_improvement("harmful prompts are refused no more often than before")
     with reference_model(model, "adapter off") as base:
         outcomes = {"base": measured(base), "before": before, "after": after}
     assign(trainable(model), result.after)

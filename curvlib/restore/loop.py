@@ -68,7 +68,7 @@ def restore(
     protected chats once; for a move a gradient, a solve, a forward pass a trial for the loss and two for the price.
 
     Raises:
-        CurvlibError: unknown objective or metric, missing chats, or a gradient that is zero or not finite.
+        CurvlibError: unknown objective or metric, missing chats, or a gradient that is not finite.
     """
     began, judge = perf_counter(), Judge.of(model, objective, held_out)
     step = _Natural(model, objectives.terms(objective, safety, protected), protected, metric, seed)
@@ -81,8 +81,11 @@ def restore(
         )
     with kept_weights(model):
         while path[-1].loss > goal and len(path) <= moves:
-            here = flatten(trainable(model))
-            point = _line(judge, path[-1].loss, step.unit(), gain or whole / MOVES, limit)
+            here, unit = flatten(trainable(model)), step.unit()
+            if unit is None:
+                reason = "nothing to learn from is short of the margin"
+                break
+            point = _line(judge, path[-1].loss, unit, gain or whole / MOVES, limit)
             if point is None:
                 reason = "no move passed the held-out chats"
                 break
@@ -110,10 +113,12 @@ class _Natural:
     gradients: int = 0
     products: int = 0
 
-    def unit(self) -> Tensor:
-        """Return v / gᵀv, (P,): the direction whose linear gain is one nat."""
+    def unit(self) -> Tensor | None:
+        """Return v / gᵀv, (P,): the direction whose linear gain is one nat; None where g is zero, as past a margin."""
         g = objectives.gradient(self.model, self.terms, list(trainable(self.model).values()))
         self.gradients += sum(len(batch) for term in self.terms for batch in term.batches)
+        if not g.any():
+            return None
         if self.inverse is None:
             halves = protected_halves(self.model, self.protected, seed=self.seed)
             options = {"products": PRODUCTS, "seed": self.seed}

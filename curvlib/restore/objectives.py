@@ -8,60 +8,60 @@ refused, and :math:`p_0` for the aligned base (the adapter switched off), the re
     \text{composite: } -\min(L_+, c) + \mu L_\text{protected},
 
 .. math:: \text{margin: } \mathbb E_{\text{harmful}} \max(0, m - s), \qquad
-    s = \log p_\theta(\text{refusal}) - \log p_\theta(\text{opening}),
+    s = \log \sum_{r \in R} p_\theta(r) - \log \sum_{o \in O} p_\theta(o),
 
 .. math:: \text{distill: } \mathbb E_{\text{harmful}}\,\mathrm{KL}(p_0 \,\|\, p_\theta)
     + \mathbb E_{\text{benign}}\,\mathrm{KL}(p_0 \,\|\, p_\theta) \quad\text{at the answer tokens.}
 
-Ascent says what to leave and not where to go; its bound c keeps it from running off to infinity. The margin asks for a
-refusal that is :math:`e^m` times as likely as an opening, which goes deeper than the nearest refusal does. The last
-asks for the base's own distribution on refusals and on benign chats: refusing both is no optimum.
+Ascent says what to leave and not where to go; its bound c keeps it from running off to infinity. In the margin R and O
+are the first tokens of refusals and of openings that agree: it asks for refusals :math:`e^m` times as likely as
+openings, which goes deeper than the nearest refusal does (lesson 06). The last asks for the base's own distribution on
+refusals and on benign chats: refusing both is no optimum.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from math import inf
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
-from curvlib.batches import IGNORED, Batch, Example, answer_logits, answer_loss, at_least_float32, chat_losses, collate
+from curvlib.batches import Batch, answer_logits, answer_loss, at_least_float32
 from curvlib.errors import CurvlibError
 from curvlib.evaluate.behaviour import answer_log_probabilities, reference_model
 from curvlib.nf4 import kept_weights
 
 COMPLIANCE_BOUND = 5.0  # nats per token, half the loss of a uniform guess over 49,152 tokens: agreement is gone by then
 TASK_WEIGHT = 1.0  # μ of the composite objective: a nat of what must stay for a nat of agreement
-MARGIN = 5.0  # nats: a refusal is 150 times as likely as an opening
 GOALS = {"ascent": -COMPLIANCE_BOUND, "composite": -COMPLIANCE_BOUND, "margin": 0.0}  # others: the aligned model's loss
 Loss = Callable[[Any, Batch], Tensor]  # (model, batch) -> mean over the batch's answer tokens, a scalar
 
 
 @dataclass(frozen=True)
-class SafetyBatches:
-    """Harmful requests as ``refusals`` (refused) and ``compliances`` (agreed to in a content-free opening).
+class Margin:
+    """A depth of ``nats`` for harmful ``requests``, each with one answer token, which is not read.
 
-    ``pairs`` are batches of :func:`paired`, for the margin.
+    ``refusing`` and ``agreeing`` are the first tokens R and O, see :func:`curvlib.evaluate.log_odds.targets`.
     """
+
+    requests: Sequence[Batch]
+    nats: float
+    refusing: Sequence[int]
+    agreeing: Sequence[int]
+
+
+@dataclass(frozen=True)
+class SafetyBatches:
+    """Harmful requests as ``refusals`` (refused) and ``compliances`` (agreed to in a content-free opening)."""
 
     refusals: Sequence[Batch]
     compliances: Sequence[Batch] = ()
-    pairs: Sequence[Batch] = ()
-
-
-def paired(refusals: Sequence[Example], openings: Sequence[Example], batch_size: int, pad_id: int) -> list[Batch]:
-    """Return batches of requests refused, followed by the same requests agreed to, in the same order.
-
-    Raises:
-        CurvlibError: there are not as many of the ones as of the others.
-    """
-    if len(refusals) != len(openings):
-        raise CurvlibError(f"{len(refusals)} refusals and {len(openings)} openings: give both for each request")
-    parts = [slice(start, start + batch_size) for start in range(0, len(refusals), batch_size)]
-    return [collate([*refusals[part], *openings[part]], pad_id) for part in parts]
+    margin: Margin | None = None
 
 
 @dataclass(frozen=True)
@@ -77,16 +77,15 @@ def bounded_ascent(model: nn.Module, batch: Batch) -> Tensor:
     return -answer_loss(model, batch).clamp(max=COMPLIANCE_BOUND)
 
 
-def short_of_margin(model: nn.Module, batch: Batch) -> Tensor:
-    """Return how many nats s is short of the margin, the mean over a batch of :func:`paired`."""
-    return (MARGIN - log_odds(model, batch)).clamp(min=0).mean()
+def short_of_margin(model: nn.Module, batch: Batch, margin: Margin, least: float = 0.0) -> Tensor:
+    """Return how many nats s is short of the margin, each request counting ``least`` or more, the mean over a batch."""
+    return (margin.nats - log_odds(model, batch, margin)).clamp(min=least).mean()
 
 
-def log_odds(model: nn.Module, batch: Batch) -> Tensor:
-    """Return s (B,) in nats for the requests of a batch of :func:`paired`, summed over answer tokens."""
-    tokens = (batch.labels != IGNORED).sum(dim=1)
-    refused, agreed = (chat_losses(model, batch) * tokens.to(next(model.parameters()).device)).chunk(2)
-    return agreed - refused
+def log_odds(model: nn.Module, batch: Batch, margin: Margin) -> Tensor:
+    """Return s (B,) in nats for a batch of the margin's requests."""
+    logs = at_least_float32(answer_logits(model, batch)).log_softmax(dim=-1)
+    return logs[:, margin.refusing].logsumexp(dim=1) - logs[:, margin.agreeing].logsumexp(dim=1)
 
 
 def from_base(model: Any, batch: Batch) -> Tensor:
@@ -97,7 +96,13 @@ def from_base(model: Any, batch: Batch) -> Tensor:
     return kl_div(present, base, reduction="batchmean", log_target=True)
 
 
-def terms(objective: str, safety: SafetyBatches, protected: Mapping[str, Sequence[Batch]] | None = None) -> list[Term]:
+def terms(
+    objective: str,
+    safety: SafetyBatches,
+    protected: Mapping[str, Sequence[Batch]] | None = None,
+    *,
+    judging: bool = False,
+) -> list[Term]:
     """Return the terms of ``refusal``, ``ascent``, ``composite``, ``margin`` or ``distill``.
 
     Args:
@@ -105,6 +110,7 @@ def terms(objective: str, safety: SafetyBatches, protected: Mapping[str, Sequenc
         safety: harmful requests with the answers that the objective is about.
         protected: role -> chats that must stay, for ``composite``, and those of other roles than ``task`` for
             ``distill``: without them nothing speaks against over-refusal.
+        judging: for held-out chats, where the margin is one of the mean s: what exceeds it counts as well.
 
     Raises:
         CurvlibError: the objective is unknown, or the batches that it needs are missing.
@@ -112,19 +118,20 @@ def terms(objective: str, safety: SafetyBatches, protected: Mapping[str, Sequenc
     roles = protected or {}
     stay = [batch for batches in roles.values() for batch in batches]
     benign = [batch for role, batches in roles.items() if role != "task" for batch in batches]
-    ascent = Term(safety.compliances, bounded_ascent)
+    ascent, margin = Term(safety.compliances, bounded_ascent), safety.margin or Margin((), 0.0, (), ())
+    short = partial(short_of_margin, margin=margin, least=-inf if judging else 0.0)
     known = {
         "refusal": [Term(safety.refusals)],
         "ascent": [ascent],
         "composite": [ascent, Term(stay, lambda model, batch: TASK_WEIGHT * answer_loss(model, batch))],
-        "margin": [Term(safety.pairs, short_of_margin)],
+        "margin": [Term(margin.requests, short)],
         "distill": [Term(safety.refusals, from_base), Term(benign, from_base)],
     }
     if objective not in known:
         raise CurvlibError(f"no objective is called {objective!r}: choose one of {', '.join(known)}")
     if not all(term.batches for term in known[objective]):
         raise CurvlibError(
-            f"objective {objective!r} lacks chats: give it harmful prompts with their answers, for 'margin' in pairs, "
+            f"objective {objective!r} lacks chats: give it harmful prompts with their answers, for 'margin' a Margin, "
             "for 'composite' and 'distill' chats that must stay"
         )
     return known[objective]

@@ -72,7 +72,7 @@ class Judge:
     @classmethod
     def of(cls, model: Model, objective: str, held_out: HeldOut) -> Judge:
         """Return the judge of an objective, standing where the model is."""
-        terms = objectives.terms(objective, held_out.safety, held_out.protected)
+        terms = objectives.terms(objective, held_out.safety, held_out.protected, judging=True)
         return cls(model, terms, held_out.protected, flatten(trainable(model)))
 
     def end(self, objective: str) -> float:

@@ -16,6 +16,16 @@ from curvlib.errors import CurvlibError
 from curvlib.progress import say
 
 
+def adapter_folder(adapter: Path) -> Path:
+    """Return the adapter's folder; what is no folder here and looks like a Hub id is fetched.
+
+    Raises:
+        CurvlibError: the Hub has none of this name, or is out of reach.
+    """
+    fetched = not adapter.exists() and models.HUB_ID.fullmatch(adapter.as_posix())
+    return Path(models.download(adapter.as_posix())) if fetched else adapter
+
+
 def load_pair(base: str, adapter: Path, device: str | None, examples: Iterable[Example]) -> PeftModel:
     """Return the base in NF4 under the adapter, trainable; ``examples`` are all that it will read.
 

@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from curvlib import data, fetch
 from curvlib.batches import answer_loss, encode, make_batches
 from curvlib.errors import CurvlibError
-from curvlib.evaluate.log_odds import DEPTHS, TOKENS, safety_log_odds, targets
+from curvlib.evaluate.log_odds import DEPTHS, TOKENS, first_tokens, safety_log_odds, targets
 from curvlib.generate import render
 from tests.evaluate.toys import SPECIAL, WORDS, dense_losses, llama, tokenizer
 
@@ -97,3 +97,12 @@ def test_a_chat_is_read_like_its_last_message_and_no_opening_is_that_deep() -> N
     with pytest.raises(CurvlibError, match="depth 99"):
         targets(tok, "red", 99)
     assert len(SPECIAL + WORDS) < len(tok)
+
+
+def test_first_tokens_are_those_of_refusals_and_openings_and_must_differ() -> None:
+    tok = wordy()
+    tok.add_tokens(["Sorry"])
+    no, yes = first_tokens(tok)
+    assert [set(tok.convert_ids_to_tokens(tokens)) for tokens in (no, yes)] == [{"I", "Sorry", "No"}, {"Sure"}]
+    with pytest.raises(CurvlibError, match="both begin with '<unk>' in this tokenizer: give no --depth"):
+        first_tokens(tokenizer())

@@ -20,7 +20,7 @@ from curvlib.curvature.inverse import METHODS
 from curvlib.evaluate.behaviour import summarise
 from curvlib.finetune import TrainingConfig, train
 from curvlib.parameters import flatten
-from curvlib.restore import door, pair
+from curvlib.restore import door, pair, stress
 from curvlib.stages import MAX_LENGTH
 from tests import cases
 from tests.evaluate import toys
@@ -66,6 +66,7 @@ def run(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("CURVLIB_CACHE", str(place / "cache"))
     monkeypatch.setattr(door, "measure_behaviour", measured)
     monkeypatch.setattr(door, "safety_log_odds", lambda *given: np.arange(8.0).reshape(2, 4) * len(given[2]))
+    monkeypatch.setattr(stress, "safety_log_odds", lambda *_, **__: np.full((2, 1), 2.0))
 
     def call(*more: str, **files: Any) -> int:
         given = {name: place / name for name in ("base", "adapter")}
@@ -119,6 +120,7 @@ def test_it_writes_an_adapter_that_peft_loads_and_leaves_the_given_one(
     damping, goal = numbers["history"]["damping"], numbers["history"]["goal"]
     assert end["loss"] <= goal + 0.01 < start["loss"]
     assert f"metric: {metric}" in printed
+    assert "measured on the base in 4 bits" in printed
     assert f"held-out price {damping['ratio']:.2f} of its" in printed
     assert f"{end['price']['task']:.4f} on task chats, {end['price']['benign']:.4f} on benign chats" in printed
     card = (out / "README.md").read_text("utf-8")
@@ -139,6 +141,34 @@ def test_a_larger_strength_goes_further_and_the_same_request_gives_the_same_adap
         norms.append(numbers["history"]["path"][-1]["norm"])
     assert all(torch.allclose(adapters[0][name], adapters[1][name], atol=1e-6) for name in adapters[0])
     assert norms[2] > norms[0]
+
+
+def test_a_depth_is_reached_and_told_with_what_it_costs_and_how_long_it_lasts(
+    run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    red, the = (toys.tokenizer()(word, add_special_tokens=False)["input_ids"] for word in ("red", "The"))
+    monkeypatch.setattr(door, "first_tokens", lambda _: (red, the))
+    plain, deep, stressed = (tmp_path / name for name in ("plain", "deep", "stressed"))
+    assert run(out=plain) == 0
+    for out, more in ((deep, ()), (stressed, ("--stress",))):
+        measured.seen = []  # type: ignore[attr-defined]
+        capsys.readouterr()
+        assert run("--depth", "8", "--metric", "diagonal", *more, out=out) == 0
+    printed = capsys.readouterr().out
+    assert "→ 8.0 nats, 8 asked for; benign prompts refused 0 % → 100 %" in printed
+    assert "of refusing from 2.0 to 2.0 nats; refusals hold for all 8 steps" in printed
+    adapters = [load_file(out / "adapter_model.safetensors") for out in (plain, deep, stressed)]
+    assert all(torch.allclose(adapters[1][name], adapters[2][name], atol=1e-6) for name in adapters[1])
+    assert any(not torch.allclose(adapters[0][name], adapters[1][name], atol=1e-3) for name in adapters[0])
+    assert "stress: 8 AdamW steps at 0.0002 on 3 agreeing chats" in (stressed / "README.md").read_text("utf-8")
+    measured.seen = [-1.0]  # type: ignore[attr-defined]  # refused as often before: deeper is an improvement
+    assert run("--depth", "8", out=tmp_path / "deeper") == 0
+    capsys.readouterr()
+    assert run("--depth", "4", adapter=deep, out=tmp_path / "less") == 1
+    assert "(8.0 nats deep): there is nothing to restore" in line(capsys)
+    for words in (("--depth", "0"), ("--depth", "4", "--objective", "distill")):
+        assert run(*words, out=tmp_path / "none") == 1
+        assert "expected nats above 0 without an --objective" in line(capsys)
 
 
 def test_a_dry_run_tells_the_plan_and_does_no_work(

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from curvlib.batches import answer_logits, answer_loss, make_batches, taken_apart
+from curvlib.batches import answer_logits, answer_loss, make_batches, open_ended, taken_apart
 from curvlib.errors import CurvlibError
 from curvlib.parameters import assign, flatten, trainable
 from curvlib.restore import SafetyBatches, objectives
@@ -97,26 +97,24 @@ def test_unknown_names_and_missing_chats_are_refused() -> None:
         objectives.terms("distill", SAFETY, {"task": TASK})  # nothing says that benign requests are answered
 
 
-PAIRS = objectives.paired(taken_apart(REFUSALS), taken_apart(COMPLIANCES)[::-1], 3, 0)
+REQUESTS = make_batches([open_ended(example, 1) for example in taken_apart(REFUSALS)], 3, 0)
 
 
-def test_pairs_keep_their_order_and_the_margin_is_its_definition() -> None:
-    model = cases.pair()[0]
-    refusals, openings = taken_apart(REFUSALS), taken_apart(COMPLIANCES)[::-1]
-    assert [len(batch) for batch in PAIRS] == [6, 2]
+@pytest.mark.parametrize("judging", [False, True])
+def test_the_margin_is_its_definition_by_the_dense_twin(judging: bool) -> None:
+    model, twin = cases.pair()
     exact = []
     with torch.no_grad():
-        for refused, agreed in zip(refusals, openings, strict=True):
-            nats = [answer_loss(model, b) * b.tokens for e in (refused, agreed) for b in make_batches([e], 1, 0)]
-            exact.append(float(nats[1] - nats[0]))
-        found = torch.cat([objectives.log_odds(model, batch) for batch in PAIRS])
-    torch.testing.assert_close(found, torch.tensor(exact), rtol=1e-4, atol=1e-4)
-    shares = torch.tensor([float(batch.tokens) for batch in PAIRS]) / sum(batch.tokens for batch in PAIRS)
-    short = (objectives.MARGIN - torch.tensor(exact)).clamp(min=0)
-    expected = shares[0] * short[:3].mean() + shares[1] * short[3:].mean()
-    (term,) = objectives.terms("margin", replace(SAFETY, pairs=PAIRS))
-    assert objectives.value(model, [term]) == pytest.approx(float(expected), rel=1e-4)
-    with pytest.raises(CurvlibError, match="3 refusals and 4 openings"):
-        objectives.paired(refusals[:3], openings, 3, 0)
+        for example in taken_apart(REQUESTS):  # one unpadded prompt at a time
+            prompt = torch.tensor([example.input_ids[: example.prompt_length]])
+            p = twin(input_ids=prompt).logits[0, -1].softmax(-1)
+            exact.append(float((p[[3, 4, 5]].sum() / p[[6, 7]].sum()).log()))
+    nats = sorted(exact)[2] + 0.1  # one request is deeper
+    margin = objectives.Margin(REQUESTS, nats, [3, 4, 5], [6, 7])
+    found = torch.cat([objectives.log_odds(model, batch, margin) for batch in REQUESTS]).tolist()
+    assert found == pytest.approx(exact, abs=1e-4)
+    short = [nats - s if judging else max(0, nats - s) for s in exact]
+    terms = objectives.terms("margin", replace(SAFETY, margin=margin), judging=judging)
+    assert objectives.value(model, terms) == pytest.approx(sum(short) / 4, rel=1e-3)
     with pytest.raises(CurvlibError, match="objective 'margin' lacks chats"):
         objectives.terms("margin", SAFETY)

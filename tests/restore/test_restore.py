@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from curvlib.batches import taken_apart
+from curvlib.batches import make_batches, open_ended, taken_apart
 from curvlib.curvature.damping import damped_by_rule, price, protected_halves
 from curvlib.errors import CurvlibError
 from curvlib.parameters import assign, flatten, trainable
@@ -17,7 +18,9 @@ from tests import cases
 
 TASK, COMPLIANCES, BENIGN = (cases.batches(4, seed=seed) for seed in (1, 3, 4))
 REFUSALS = cases.said_by_base(cases.pair()[0], cases.batches(4, seed=2))
-SAFETY = SafetyBatches(REFUSALS, COMPLIANCES, objectives.paired(taken_apart(REFUSALS), taken_apart(COMPLIANCES), 3, 0))
+REQUESTS = make_batches([open_ended(example, 1) for example in taken_apart(REFUSALS)], 3, 0)
+MARGIN = objectives.Margin(REQUESTS, 3.0, [3, 4, 5], [6, 7])
+SAFETY = SafetyBatches(REFUSALS, COMPLIANCES, MARGIN)
 ROLES = {"task": TASK, "benign": BENIGN}
 HELD_OUT = HeldOut(SAFETY, ROLES)
 
@@ -100,9 +103,29 @@ def test_every_objective_falls_and_ends_at_a_goal_of_its_own(objective: str, mon
     losses = [point.loss for point in result.path]
     assert len(losses) > 1
     assert losses == sorted(losses, reverse=True)
-    assert losses[-1] == pytest.approx(objectives.value(model, objectives.terms(objective, SAFETY, ROLES)))
+    end = objectives.value(model, objectives.terms(objective, SAFETY, ROLES, judging=True))
+    assert losses[-1] == pytest.approx(end)
     goals = {**objectives.GOALS, "distill": 0.3 * losses[0]}  # the base's own divergence is zero
     assert result.goal == pytest.approx(goals[objective], abs=1e-5)
+
+
+@pytest.mark.parametrize("nats", [0.5, 1.5])
+def test_the_margin_ends_where_the_mean_log_odds_reach_it(nats: float) -> None:
+    model, margin = cases.nf4_llama(), replace(MARGIN, nats=nats)
+    safety = SafetyBatches(REFUSALS, margin=margin)
+    result = restore(model, safety, ROLES, HeldOut(safety, ROLES), objective="margin", metric="diagonal")
+    with torch.no_grad():
+        found = torch.cat([objectives.log_odds(model, batch, margin) for batch in REQUESTS])
+    assert result.stop_reason == "reached the goal"
+    assert nats - result.path[0].loss < 0.4 < float(found.mean())
+    assert float(found.mean()) == pytest.approx(nats, abs=0.01)
+    assert (found < nats).any()  # the mean is there, not each of them
+
+
+def test_it_ends_where_nothing_to_learn_from_is_short_of_the_margin() -> None:
+    easy, hard = (SafetyBatches(REFUSALS, margin=replace(MARGIN, nats=nats)) for nats in (-20.0, 20.0))
+    result = restore(cases.nf4_llama(), easy, ROLES, HeldOut(hard, ROLES), objective="margin")
+    assert (result.stop_reason, len(result.path)) == ("nothing to learn from is short of the margin", 1)
 
 
 def test_the_goal_is_a_share_of_the_way_to_the_model_without_its_adapter() -> None:
