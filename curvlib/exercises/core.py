@@ -23,6 +23,7 @@ POINTS = {
     "04": {"leave_one_out": 3, "influence_scores": 6, "woodbury_solve": 7, "auroc": 3, "datamodeling_score": 5},
     "05": {"natural_step": 6, "line_search": 6, "orthogonal_step": 4, "weighted_return": 4, "random_control": 3}
     | {"restore": 10},
+    "06": {"refusal_direction": 3, "ablate": 3, "margin_step": 6, "depth_ratio": 5, "relearning_area": 4},
     "07": {"slerp": 3, "dare": 3, "pareto_front": 5, "projected_update": 4, "claim_status": 2},
     "08": {"ddim_step": 4, "erase_gradient": 3, "hypergradient": 5, "unrolled_gradient": 4},
 }
@@ -59,6 +60,13 @@ class Draw(torch.Generator):
         """A symmetric positive definite matrix that lies along no axis."""
         root = self.normal(size, size)
         return root @ root.T / size + 0.2 * torch.eye(size, dtype=torch.float64)
+
+    def valley(self) -> tuple[Tensor, Tensor]:
+        """A matrix (2, 2) with eigenvalues 10 and 0.1 that lies along no axis, and a vector between its axes."""
+        angle = torch.tensor(self.uniform(0.3, 1.2), dtype=torch.float64)
+        axes = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()]).view(2, 2)
+        between = torch.tensor([1.0, self.uniform(0.5, 2.0)], dtype=torch.float64) * (-1) ** self.integer(0, 1)
+        return axes @ torch.tensor([10.0, 0.1], dtype=torch.float64).diag() @ axes.T, axes @ between
 
 
 class Probe:
@@ -203,6 +211,18 @@ def close(value: Any, target: Any, tolerance: float = 1e-6) -> bool:
     """Whether two tensors or numbers have one shape and differ by this relative error at most."""
     value, target = (torch.as_tensor(each, dtype=torch.float64).detach() for each in (value, target))
     return value.shape == target.shape and bool((value - target).norm() <= tolerance * max(1e-3, float(target.norm())))
+
+
+def along(vector: Tensor, direction: Tensor) -> bool:
+    """Whether two vectors lie on one line."""
+    return abs(float(vector @ direction)) > (1 - 1e-9) * float(vector.norm() * direction.norm())
+
+
+def rays(M: Tensor) -> tuple[Tensor, Tensor]:
+    """20,001 directions v of the plane, all the way round, and the price ½ vᵀMv of each."""
+    angles = torch.linspace(0, 2 * torch.pi, 20_001, dtype=torch.float64)
+    ways = torch.stack([angles.cos(), angles.sin()], dim=1)
+    return ways, (ways @ M * ways).sum(1) / 2
 
 
 def tensor(value: Any, *shape: int) -> Tensor:

@@ -7,20 +7,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from curvlib.exercises.core import Answer, Draw, Probe, close, number, refuse, require, tensor
-
-
-def along(vector: Tensor, direction: Tensor) -> bool:
-    """Whether two vectors lie on one line."""
-    return abs(float(vector @ direction)) > (1 - 1e-9) * float(vector.norm() * direction.norm())
+from curvlib.exercises.core import Answer, Draw, Probe, along, close, number, rays, refuse, require, tensor
 
 
 def natural_step(answer: Answer, draw: Draw) -> None:
     """Against every direction of the plane, each as long as the allowance lets it be."""
-    angle, tau = torch.tensor(draw.uniform(0.3, 1.2), dtype=torch.float64), draw.uniform(0.5, 0.9)
-    axes = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()]).view(2, 2)  # neither is a coordinate's
-    G = axes @ torch.tensor([10.0, 0.1], dtype=torch.float64).diag() @ axes.T
-    g = axes @ torch.tensor([1.0, draw.uniform(0.5, 2.0)], dtype=torch.float64) * (-1) ** draw.integer(0, 1)
+    (G, g), tau = draw.valley(), draw.uniform(0.5, 0.9)
     step = tensor(answer(g, G, tau), 2)
     cost = float(step @ G @ step) / 2
     require(g @ step < 0, "the safety loss rises along it: the step goes against g")
@@ -30,9 +22,8 @@ def natural_step(answer: Answer, draw: Draw) -> None:
     require(close(cost, tau), f"it spends {cost:.3g} of task loss, {tau:.3g} is allowed: mind the step's length")
     require(not along(step, g), "that is the gradient's own direction: divide by the curvature, solve with G", earned=1)
     require(not along(step, G @ g), "g was multiplied by G: solve with it", earned=1)
-    angles = torch.linspace(0, 2 * math.pi, 20_001, dtype=torch.float64)
-    rays = torch.stack([angles.cos(), angles.sin()], dim=1)
-    gain, most = -g @ step, (-(rays @ g) * (2 * tau / ((rays @ G) * rays).sum(1)).sqrt()).max()
+    ways, prices = rays(G)
+    gain, most = -g @ step, ((ways @ g) * (tau / prices).sqrt()).max()
     require(gain > 0.9999 * most, f"it buys {gain:.3g}, and another step {most:.3g} at the same price", earned=1)
 
 
