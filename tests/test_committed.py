@@ -19,10 +19,8 @@ Recompute = Callable[..., dict[str, Any]]
 
 
 def changed(value: Any) -> Any:
-    """The same row with other measurements; what names a case, numbers and words, stays."""
+    """The same row with other measurements; what names a case, whole numbers and words, stays."""
     match value:
-        case bool():
-            return not value
         case float():
             return 2 * value + 1
         case list():
