@@ -15,9 +15,7 @@ from curvlib.errors import CurvlibError
 MANIFEST = "manifest.json"
 VERSIONS = {  # raise a stage's number when its output changes; tests/expected/stages.toml tells when it did
     "adapter": 1,
-    "align": 1,
     "aligned": 1,
-    "factors": 1,
     "fine-tune": 1,
     "nf4": 1,
     "own-answers": 1,

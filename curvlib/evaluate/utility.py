@@ -45,9 +45,8 @@ def letter_accuracy(
     check_options(examples)
     prompts = [task_question(example) for example in examples]
     heads = [render(tokenizer, prompt, OPENING) for prompt in prompts]
-    tokens = {
-        letter: letter_token(tokenizer, prompts[0], letter) for example in examples for letter in lettered(example)
-    }
+    letters = dict.fromkeys(letter for example in examples for letter in lettered(example))
+    tokens = {letter: letter_token(tokenizer, prompts[0], letter) for letter in letters}
     logits = next_token_logits(model, heads, list(tokens.values()), batch_size)
     column = {letter: index for index, letter in enumerate(tokens)}
     rows = zip(examples, logits.tolist(), strict=True)

@@ -82,12 +82,10 @@ def restore(
     with kept_weights(model):
         while path[-1].loss > goal and len(path) <= moves:
             here, unit = flatten(trainable(model)), step.unit()
-            if unit is None:
-                reason = "nothing to learn from is short of the margin"
-                break
-            point = _line(judge, path[-1].loss, unit, gain or whole / MOVES, limit)
+            point = None if unit is None else _line(judge, path[-1].loss, unit, gain or whole / MOVES, limit)
             if point is None:
-                reason = "no move passed the held-out chats"
+                short = "nothing to learn from is short of the margin"
+                reason = short if unit is None else "no move passed the held-out chats"
                 break
             path.append(point)
         if path[-1].loss <= goal:
