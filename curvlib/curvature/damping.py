@@ -9,6 +9,10 @@ protected chats are split in two. C is fitted to one half, F is the Fisher matri
 the cheapest one is taken. Its cost over that of the plain step, v = g, says what the metric buys. Nothing here looks at
 behaviour. Roles (task chats, benign chats) count with equal traces, whatever their numbers of tokens.
 
+A small λ walks far along what looks flat, and few held-out chats cannot tell it from a larger one. So where steps are
+taken the rule is that of one standard error, as for regularisation chosen by cross-validation (Breiman et al., 1984):
+the largest λ whose price is within one standard error, over chats, of the least.
+
 A study of prices fits, rules, steps and measures in a few lines::
 
     halves = protected_halves(model, {"task": task, "benign": benign}, seed=seed)
@@ -95,13 +99,24 @@ def rate(operator: CurvatureOperator, gradient: Tensor, v: Tensor) -> float:
     return float(v @ operator.matvec(v)) / gain**2 if gain > 0 else float("inf")
 
 
-def choose_damping(fitted: Fit, held_out: CurvatureOperator, gradient: Tensor, *, products: int = 30) -> Damping:
-    """Return the damping of least held-out price; the larger of two equal ones.
+def standard_error(operator: LowRankOperator, gradient: Tensor, v: Tensor) -> float:
+    """Return that of :func:`rate`, a sum over the operator's rows, one a chat."""
+    parts = (operator.rows @ v).square() / float(gradient @ v) ** 2
+    return float(parts.std()) * len(parts) ** 0.5
+
+
+def choose_damping(
+    fitted: Fit, held_out: CurvatureOperator, gradient: Tensor, *, errors: float = 0.0, products: int = 30
+) -> Damping:
+    """Return the damping of least held-out price, or the largest of those that are as good.
+
+    Memory: a vector (P,) for each λ that is as good.
 
     Args:
         fitted: the curvature C.
         held_out: F, the curvature of other chats.
         gradient: g (P,), of the loss that is to fall.
+        errors: standard errors of the least price within which a price is as good; more than 0 asks F for its rows.
         products: most products with C where it is not inverted exactly; all λ share them.
 
     Raises:
@@ -112,15 +127,17 @@ def choose_damping(fitted: Fit, held_out: CurvatureOperator, gradient: Tensor, *
         raise CurvlibError(f"the plain step has price {plain}, expected a positive number: check gradient and chats")
     if fitted.operator is None:
         return Damping(fitted.name, float("inf"), 1.0, 1.0, 1.0, None, gradient)
-    unit, best, tried = fitted.unit, gradient, dict[float, float]()
+    unit, tried, good, bound = fitted.unit, dict[float, float](), dict[float, Tensor](), float("inf")
     dampings = [unit * factor for factor in reversed(DECADES)]
     for damping, v in zip(dampings, fitted.solutions(gradient, dampings, products=products), strict=True):
         tried[damping] = rate(held_out, gradient, v) / plain
         if tried[damping] == min(tried.values()):
-            best = v
-    value = min(tried, key=lambda damping: tried[damping])
-    cosine = float(torch.cosine_similarity(best, gradient, dim=0))
-    return Damping(fitted.name, value, unit, tried[value], cosine, fitted.above(value), best, tried)
+            error = standard_error(held_out, gradient, v) if isinstance(held_out, LowRankOperator) else 0.0
+            bound = tried[damping] + errors * error / plain
+        good = {known: w for known, w in {**good, damping: v}.items() if tried[known] <= bound}
+    value = max(good)
+    cosine = float(torch.cosine_similarity(good[value], gradient, dim=0))
+    return Damping(fitted.name, value, unit, tried[value], cosine, fitted.above(value), good[value], tried)
 
 
 def protected_halves(
@@ -181,7 +198,7 @@ def damped_by_rule(
     products: int = 30,
     seed: int = 0,
 ) -> tuple[Inverse, Damping]:
-    """Return the damped inverse of the first half's curvature, with the λ that is cheapest on the second half.
+    """Return the damped inverse of the first half's curvature, with λ by one standard error on the second half.
 
     Args:
         name: see :mod:`curvlib.curvature.inverse`.
@@ -195,7 +212,7 @@ def damped_by_rule(
     """
     fitting, held_out = protected
     fitted = fit(name, model, fitting.batches, weights=fitting.weights, fisher=fitting.fisher, seed=seed)
-    damping = choose_damping(fitted, held_out.fisher, gradient, products=products)
+    damping = choose_damping(fitted, held_out.fisher, gradient, errors=1.0, products=products)
     return fitted.inverse(damping.value, products=products), damping
 
 

@@ -11,7 +11,7 @@ in the first token, by the number of tokens that only follow from it. Positive: 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,18 +75,20 @@ def targets(
     return prefix, sorted(refused), sorted(follow)
 
 
-def first_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Return the first tokens of refusals and of openings, which no prompt changes.
+def first_tokens(tokenizer: PreTrainedTokenizerBase, more: Iterable[int] = ()) -> tuple[list[int], list[int]]:
+    """Return the first tokens of refusals and of openings, which no prompt changes; what begins both is in neither.
+
+    ``more`` are first tokens of other refusals, such as those of a model that refuses in words of its own.
 
     Raises:
-        CurvlibError: some begin both, so that the first token does not tell.
+        CurvlibError: all of one kind begin like some of the other, so that the first token tells nothing.
     """
     _, refusals, openings = targets(tokenizer, "Write a poem", 0, 1)
-    no, yes = [tail[0] for tail in refusals], [tail[0] for tail in openings]
-    if both := {*no} & {*yes}:
-        words = tokenizer.decode(sorted(both))
-        raise CurvlibError(f"refusals and openings both begin with {words!r} in this tokenizer: give no --depth")
-    return no, yes
+    no, yes = {tail[0] for tail in refusals} | {*more}, {tail[0] for tail in openings}
+    if not (no - yes and yes - no):
+        words = tokenizer.decode(sorted(no & yes))
+        raise CurvlibError(f"refusals and openings both begin with {words!r} in this tokenizer: give another one")
+    return sorted(no - yes), sorted(yes - no)
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:

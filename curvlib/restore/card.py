@@ -34,23 +34,17 @@ class Outcome:
     odds: NDArray[Any]
 
 
-def report(outcomes: Mapping[str, Outcome], result: RestorationResult, depth: float | None = None) -> str:
+def report(outcomes: Mapping[str, Outcome], result: RestorationResult, safety: str) -> str:
     """Return in words what each model does (percent, 95 % Wilson intervals), what the metric buys, and the price.
 
-    ``depth`` is the margin that was asked for, in nats, where that was the goal.
+    ``safety`` says how safe held-out chats were, are, and should be.
     """
     lines = [f"{'':8s}{'complies':>18s}{'refuses':>18s}{'incoherent':>18s}{'over-refusal':>18s}{'task loss':>11s}"]
     for name, row in outcomes.items():
         rates = (row.harmful.complies, row.harmful.refuses, row.harmful.incoherent, row.benign.refuses)
         lines.append(f"{name:8s}" + "".join(f"{rate.percent:.0f}".rjust(18) for rate in rates) + f"{row.task:11.3f}")
-    start, end = result.path[0], result.path[-1]
-    reached = f"held-out refusal loss {start.loss:.3f} → {end.loss:.3f} nats a token"
-    if depth is not None:
-        before, after = (outcomes[name].benign.refuses.percent for name in ("before", "after"))
-        reached = f"held-out mean log-odds of refusing {depth - start.loss:.1f} → {depth - end.loss:.1f} nats, "
-        reached += f"{depth:g} asked for; benign prompts refused {before.value:.0f} % → {after.value:.0f} %"
-    lines += [f"metric: {result.damping}", f"{result.stop_reason}: {reached}"]
-    paid = ", ".join(f"{price:.4f} on {role} chats" for role, price in end.price.items())
+    lines += [f"metric: {result.damping}", f"{result.stop_reason}: {safety}"]
+    paid = ", ".join(f"{price:.4f} on {role} chats" for role, price in result.path[-1].price.items())
     lines.append(f"price, the divergence from the given adapter in nats a token: {paid}")
     lines.append(
         f"safety log-odds in nats, mean of {len(outcomes['after'].odds)} prompts, after so many agreeing tokens"

@@ -20,7 +20,7 @@ from curvlib.curvature.memory import forecast_memory
 from curvlib.errors import CurvlibError
 from curvlib.evaluate.behaviour import measure_behaviour, reference_model
 from curvlib.evaluate.judge import is_refusal
-from curvlib.evaluate.log_odds import first_tokens, safety_log_odds
+from curvlib.evaluate.log_odds import safety_log_odds
 from curvlib.generate import Model, generate
 from curvlib.parameters import assign, trainable
 from curvlib.progress import say
@@ -90,14 +90,12 @@ def restore_adapter(request: Request) -> str:
     how = request.how if request.depth is None else replace(request.how, objective="margin")
     result = run(model, _chats(model, tokenizer, splits, task, request.depth), how, seed=request.seed)
     if result.path[0].loss <= result.goal:
-        losses = f"{result.path[0].loss:.3f} nats with the adapter, {result.goal:.3f} are asked for"
-        losses = losses if request.depth is None else f"{request.depth - result.path[0].loss:.1f} nats deep"
-        raise CurvlibError(f"held-out refusals are as likely as they should be ({losses}): there is nothing to restore")
+        raise CurvlibError(f"{_safety(request, result)}: there is nothing to restore")
     if len(result.path) == 1:
         raise _no_improvement(result.stop_reason)
     outcomes = _outcomes(model, tokenizer, splits, task.show, result)
     _check_refusals(outcomes, request.depth)
-    text = report(outcomes, result, request.depth)
+    text = report(outcomes, result, _safety(request, result))
     if request.stress:
         unseen = splits["harmful"].choose, splits["harmful"].show
         text += "\n" + relearned(model, tokenizer, *([*map(_prompt, part)] for part in unseen), seed=request.seed)
@@ -121,6 +119,16 @@ def _check_out(request: Request) -> None:
             pass
     except OSError as error:
         raise CurvlibError(f"cannot write beside {request.out} ({error.strerror}): give another folder") from error
+
+
+def _safety(request: Request, result: RestorationResult) -> str:
+    """Say how safe held-out chats were, are, and should be: log-odds of refusing, or how far they are from the base."""
+    losses, depth = (result.path[0].loss, result.path[-1].loss, result.goal), request.depth or 0.0
+    if request.how.objective == "distill":
+        start, end, goal = (f"{loss:.3f}" for loss in losses)
+        return f"held-out divergence from the base {start} → {end} nats a token, {goal} asked for"
+    start, end, goal = (f"{depth - loss:.1f}" for loss in losses)
+    return f"held-out mean log-odds of refusing {start} → {end} nats, {goal} asked for"
 
 
 def _no_improvement(reason: str) -> CurvlibError:
@@ -203,16 +211,13 @@ def _chats(
 ) -> Chats:
     """Return restoration's chats: refusals given or made by the base, benign prompts with the base's own answers."""
 
-    def encoded(chats: Sequence[Chat], tokens: int | None = None) -> list[Batch]:
+    def encoded(chats: Sequence[Chat]) -> list[Batch]:
         examples: list[Example] = encode(tokenizer, chats, stages.MAX_LENGTH)
-        examples = [open_ended(example, tokens) for example in examples]
-        return make_batches(examples, BATCH_SIZE, stages.pad_id(tokenizer), model.device)
+        return make_batches([*map(open_ended, examples)], BATCH_SIZE, stages.pad_id(tokenizer), model.device)
 
     def safety(part: Sequence[Chat]) -> SafetyBatches:
-        chats = _refusals(model, tokenizer, part)
-        if depth is None:
-            return SafetyBatches(encoded(chats))
-        return SafetyBatches(encoded(chats), margin=Margin(encoded(chats, 1), depth, *first_tokens(tokenizer)))
+        refusals = encoded(_refusals(model, tokenizer, part))
+        return SafetyBatches(refusals, margin=Margin.of(tokenizer, refusals, depth or 0.0))
 
     harmful, benign = splits["harmful"], splits["benign"]
     refused = [safety(part) for part in (harmful.learn, harmful.choose)]
@@ -238,7 +243,7 @@ def _answered(model: PeftModel, tokenizer: PreTrainedTokenizerBase, chats: Seque
     prompts = [_prompt(chat) for chat in chats]
     with reference_model(model, "adapter off") as base:
         answers = [*map(spoken, generate(base, tokenizer, prompts, max_new_tokens=OWN_ANSWER_TOKENS))]
-    pairs = [(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True) if answer.strip()]
+    pairs = [(prompt, answer.lstrip()) for prompt, answer in zip(prompts, answers, strict=True) if answer.strip()]
     return [[*prompt, {"role": "assistant", "content": answer}] for prompt, answer in pairs]
 
 

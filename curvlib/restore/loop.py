@@ -31,7 +31,7 @@ from curvlib.restore.outcome import HeldOut, Judge, Point, RestorationResult
 
 MOVES, HALVINGS = 5, 4  # moves of a whole way, if the loss were linear; how often one is halved
 PRODUCTS = 30  # most for the damping, and for a solve
-CLOSE = 0.003  # nats beside the goal that count as reached
+CLOSE = 0.005  # share of the way beside the goal that counts as reached
 
 
 def restore(
@@ -54,11 +54,11 @@ def restore(
         model: an aligned model under a fine-tuned adapter, the only trainable parameters.
         safety: harmful requests with their answers.
         protected: role -> chats whose behaviour must stay, such as ``task`` and ``benign``; roles count alike.
-        held_out: other chats, which judge each move and tell its price.
+        held_out: other chats, which judge each move and tell its price; with a margin, refusals are judged by log-odds.
         objective: see :mod:`curvlib.restore.objectives`, whose ``GOALS`` are goals of their own.
         metric: one of :data:`curvlib.curvature.inverse.METHODS`; ``identity`` is the plain gradient.
         way: the goal, as a share of the way from the model's held-out loss to that with its adapter off.
-        gain: nats of linear gain that a move asks for; by default a fifth of the whole way.
+        gain: nats of linear gain that a move asks for; by default a fifth of the way to the end on ``safety``.
         limit: most nats per answer token that any held-out role may pay; by default there is none.
         moves: most moves; the goal mostly takes four or five.
         seed: of sampled labels.
@@ -71,10 +71,12 @@ def restore(
         CurvlibError: unknown objective or metric, missing chats, or a gradient that is not finite.
     """
     began, judge = perf_counter(), Judge.of(model, objective, held_out)
-    step = _Natural(model, objectives.terms(objective, safety, protected), protected, metric, seed)
+    wanted = Judge(model, objectives.terms(objective, safety, protected), protected, judge.start)
     path, end, reason = [judge.point(judge.loss())], judge.end(objective), "moves spent"
     whole = path[0].loss - end
     goal = end if objective in GOALS else path[0].loss - way * whole
+    gain = gain or (wanted.loss() - wanted.end(objective)) / MOVES
+    step = _Natural(model, wanted.terms, protected, metric, seed)
     if not math.isfinite(goal):
         raise CurvlibError(
             f"the held-out loss is {path[0].loss} and its goal {goal}, expected numbers: check the model"
@@ -82,7 +84,7 @@ def restore(
     with kept_weights(model):
         while path[-1].loss > goal and len(path) <= moves:
             here, unit = flatten(trainable(model)), step.unit()
-            point = None if unit is None else _line(judge, path[-1].loss, unit, gain or whole / MOVES, limit)
+            point = None if unit is None else _line(judge, path[-1].loss, unit, gain, limit)
             if point is None:
                 short = "nothing to learn from is short of the margin"
                 reason = short if unit is None else "no move passed the held-out chats"
@@ -92,7 +94,7 @@ def restore(
             reason = "the goal is behind the model already"
             if len(path) > 1:
                 reason = "reached the goal"
-                path[-1] = _cut(judge, path[-2].loss, path[-1].loss, here, goal)
+                path[-1] = _cut(judge, path[-2].loss, path[-1].loss, here, goal, CLOSE * whole)
     spent, after = (step.damping, step.gradients, step.products), flatten(trainable(model))
     return RestorationResult(tuple(path), goal, *spent, perf_counter() - began, reason, judge.start, after)
 
@@ -142,7 +144,7 @@ def _line(judge: Judge, before: float, unit: Tensor, gain: float, limit: float |
     return None
 
 
-def _cut(judge: Judge, above: float, below: float, left: Tensor, goal: float) -> Point:
+def _cut(judge: Judge, above: float, below: float, left: Tensor, goal: float, close: float) -> Point:
     """Cut the last move, from ``left``, back to the goal by false position: at most four times."""
     parameters, now = trainable(judge.model), below
     right = flatten(parameters)
@@ -150,7 +152,7 @@ def _cut(judge: Judge, above: float, below: float, left: Tensor, goal: float) ->
         middle = left + (above - goal) / (above - below) * (right - left)
         assign(parameters, middle)
         now = judge.loss()
-        if abs(now - goal) < CLOSE:
+        if abs(now - goal) < close:
             break
         above, left, below, right = (now, middle, below, right) if now > goal else (above, left, now, middle)
     return judge.point(now)

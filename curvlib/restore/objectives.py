@@ -17,6 +17,10 @@ Ascent says what to leave and not where to go; its bound c keeps it from running
 are the first tokens of refusals and of openings that agree: it asks for refusals :math:`e^m` times as likely as
 openings, which goes deeper than the nearest refusal does (lesson 06). The last asks for the base's own distribution on
 refusals and on benign chats: refusing both is no optimum.
+
+The refusal loss is a mean over all tokens of a refusal, and the first of them decides. Seven tenths of the way back in
+loss still agree to six requests of ten. So where held-out chats have a margin, the refusal objective is judged by
+:math:`-\mathbb E s`.
 """
 
 from __future__ import annotations
@@ -30,10 +34,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
+from transformers import PreTrainedTokenizerBase
 
-from curvlib.batches import Batch, answer_logits, answer_loss, at_least_float32
+from curvlib import stages
+from curvlib.batches import (
+    Batch,
+    answer_logits,
+    answer_loss,
+    at_least_float32,
+    make_batches,
+    open_ended,
+    taken_apart,
+)
 from curvlib.errors import CurvlibError
 from curvlib.evaluate.behaviour import answer_log_probabilities, reference_model
+from curvlib.evaluate.log_odds import first_tokens
 from curvlib.nf4 import kept_weights
 
 COMPLIANCE_BOUND = 5.0  # nats per token, half the loss of a uniform guess over 49,152 tokens: agreement is gone by then
@@ -46,13 +61,21 @@ Loss = Callable[[Any, Batch], Tensor]  # (model, batch) -> mean over the batch's
 class Margin:
     """A depth of ``nats`` for harmful ``requests``, each with one answer token, which is not read.
 
-    ``refusing`` and ``agreeing`` are the first tokens R and O, see :func:`curvlib.evaluate.log_odds.targets`.
+    ``refusing`` and ``agreeing`` are the first tokens R and O, see :func:`curvlib.evaluate.log_odds.first_tokens`.
     """
 
-    requests: Sequence[Batch]
-    nats: float
-    refusing: Sequence[int]
-    agreeing: Sequence[int]
+    requests: Sequence[Batch] = ()
+    nats: float = 0.0
+    refusing: Sequence[int] = ()
+    agreeing: Sequence[int] = ()
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, refusals: Sequence[Batch], nats: float = 0.0) -> Margin:
+        """Return the margin of refused requests; what their refusals begin with counts as refusing."""
+        firsts = [open_ended(example, 1) for example in taken_apart(refusals)]
+        size, device = max(map(len, refusals)), refusals[0].input_ids.device
+        requests = make_batches(firsts, size, stages.pad_id(tokenizer), device)
+        return cls(requests, nats, *first_tokens(tokenizer, [example.labels[-1] for example in firsts]))
 
 
 @dataclass(frozen=True)
@@ -110,7 +133,8 @@ def terms(
         safety: harmful requests with the answers that the objective is about.
         protected: role -> chats that must stay, for ``composite``, and those of other roles than ``task`` for
             ``distill``: without them nothing speaks against over-refusal.
-        judging: for held-out chats, where the margin is one of the mean s: what exceeds it counts as well.
+        judging: for held-out chats, where the margin is one of the mean s (what exceeds it counts as well) and, if
+            there is one, judges ``refusal``.
 
     Raises:
         CurvlibError: the objective is unknown, or the batches that it needs are missing.
@@ -118,13 +142,13 @@ def terms(
     roles = protected or {}
     stay = [batch for batches in roles.values() for batch in batches]
     benign = [batch for role, batches in roles.items() if role != "task" for batch in batches]
-    ascent, margin = Term(safety.compliances, bounded_ascent), safety.margin or Margin((), 0.0, (), ())
-    short = partial(short_of_margin, margin=margin, least=-inf if judging else 0.0)
+    ascent, margin = Term(safety.compliances, bounded_ascent), safety.margin or Margin()
+    short = Term(margin.requests, partial(short_of_margin, margin=margin, least=-inf if judging else 0.0))
     known = {
-        "refusal": [Term(safety.refusals)],
+        "refusal": [short if judging and safety.margin else Term(safety.refusals)],
         "ascent": [ascent],
         "composite": [ascent, Term(stay, lambda model, batch: TASK_WEIGHT * answer_loss(model, batch))],
-        "margin": [Term(margin.requests, short)],
+        "margin": [short],
         "distill": [Term(safety.refusals, from_base), Term(benign, from_base)],
     }
     if objective not in known:

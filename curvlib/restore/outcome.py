@@ -26,7 +26,7 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Point:
-    """A place on the way: its held-out loss, its price by role (nats per answer token), its distance to the start."""
+    """A place on the way: held-out loss (or -s), price by role (nats per answer token), distance to the start."""
 
     loss: float
     price: dict[str, float]

@@ -12,7 +12,7 @@ from curvlib import stages
 from curvlib.batches import Batch, Example, make_batches
 from curvlib.generate import Model
 from curvlib.restore.loop import restore
-from curvlib.restore.objectives import SafetyBatches
+from curvlib.restore.objectives import Margin, SafetyBatches
 from curvlib.restore.outcome import HeldOut, RestorationResult
 from curvlib.stages import pad_id
 from curvlib.tiers import Tier
@@ -55,7 +55,8 @@ def restoration_chats(tier: Tier, tokenizer: PreTrainedTokenizerBase) -> Chats:
     def safety(split: str, count: int) -> SafetyBatches:
         refusals = stages.refusal_examples(tokenizer, split, count)
         compliances = stages.compliance_examples(tokenizer, split, count, questions=True)
-        return SafetyBatches(batches(refusals), batches(compliances))
+        refused = batches(refusals)
+        return SafetyBatches(refused, batches(compliances), Margin.of(tokenizer, refused))
 
     def benign(split: str, count: int) -> list[Batch]:
         edgy = stages.own_answer_examples(tokenizer, tier, f"{split}_edgy", count - count // 2)

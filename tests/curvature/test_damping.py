@@ -101,6 +101,22 @@ def test_a_krylov_space_finds_the_damping_of_the_dense_inverse() -> None:
     assert found.ratio == pytest.approx(rate(held_out, gradient, exact) / rate(held_out, gradient, gradient))
 
 
+@pytest.mark.parametrize("errors", [0.0, 1.0, 2.0])
+def test_the_largest_damping_within_standard_errors_of_the_least_price_is_taken(errors: float) -> None:
+    rows = SPECTRUM.sqrt() * cases.random(20, SIZE, seed=7)  # of 20 chats; a chat's part of the price is one square
+    found = choose_damping(diagonal(SPECTRUM), LowRankOperator(rows), GRADIENT, errors=errors)
+    prices = {}
+    for damping in found.tried:
+        v = GRADIENT / (SPECTRUM + damping)
+        parts = (rows @ v / (GRADIENT @ v)).square()
+        prices[damping] = float(parts.sum()), float(parts.std()) * 20**0.5
+    least, error = min(prices.values())
+    good = [damping for damping, (price, _) in prices.items() if price <= least + errors * error]
+    assert found.value == max(good)
+    assert len(good) == 1 if errors == 0 else len(good) > 1
+    torch.testing.assert_close(found.direction, GRADIENT / (SPECTRUM + found.value))
+
+
 def test_a_step_against_the_gradient_is_never_taken() -> None:
     values = SPECTRUM.clone()
     values[:200] = -1.0  # at small λ the step climbs there

@@ -104,5 +104,8 @@ def test_first_tokens_are_those_of_refusals_and_openings_and_must_differ() -> No
     tok.add_tokens(["Sorry"])
     no, yes = first_tokens(tok)
     assert [set(tok.convert_ids_to_tokens(tokens)) for tokens in (no, yes)] == [{"I", "Sorry", "No"}, {"Sure"}]
-    with pytest.raises(CurvlibError, match="both begin with '<unk>' in this tokenizer: give no --depth"):
+    (other,) = tok.convert_tokens_to_ids(["red"])
+    assert first_tokens(tok, [other]) == (sorted([*no, other]), yes)
+    assert first_tokens(tok, no) == (no, yes)
+    with pytest.raises(CurvlibError, match="both begin with '<unk>' in this tokenizer: give another one"):
         first_tokens(tokenizer())

@@ -20,7 +20,7 @@ from curvlib.curvature.inverse import METHODS
 from curvlib.evaluate.behaviour import summarise
 from curvlib.finetune import TrainingConfig, train
 from curvlib.parameters import flatten
-from curvlib.restore import door, pair, stress
+from curvlib.restore import door, objectives, pair, stress
 from curvlib.stages import MAX_LENGTH
 from tests import cases
 from tests.evaluate import toys
@@ -64,6 +64,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("CURVLIB_CACHE", str(place / "cache"))
+    red, the = (toys.tokenizer()(word, add_special_tokens=False)["input_ids"] for word in ("red", "The"))
+    monkeypatch.setattr(objectives, "first_tokens", lambda *_: (red, the))  # a toy cannot tell refusals from openings
     monkeypatch.setattr(door, "measure_behaviour", measured)
     monkeypatch.setattr(door, "safety_log_odds", lambda *given: np.arange(8.0).reshape(2, 4) * len(given[2]))
     monkeypatch.setattr(stress, "safety_log_odds", lambda *_, **__: np.full((2, 1), 2.0))
@@ -144,10 +146,8 @@ def test_a_larger_strength_goes_further_and_the_same_request_gives_the_same_adap
 
 
 def test_a_depth_is_reached_and_told_with_what_it_costs_and_how_long_it_lasts(
-    run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    red, the = (toys.tokenizer()(word, add_special_tokens=False)["input_ids"] for word in ("red", "The"))
-    monkeypatch.setattr(door, "first_tokens", lambda _: (red, the))
     plain, deep, stressed = (tmp_path / name for name in ("plain", "deep", "stressed"))
     assert run(out=plain) == 0
     for out, more in ((deep, ()), (stressed, ("--stress",))):
@@ -155,7 +155,7 @@ def test_a_depth_is_reached_and_told_with_what_it_costs_and_how_long_it_lasts(
         capsys.readouterr()
         assert run("--depth", "8", "--metric", "diagonal", *more, out=out) == 0
     printed = capsys.readouterr().out
-    assert "→ 8.0 nats, 8 asked for; benign prompts refused 0 % → 100 %" in printed
+    assert "→ 8.0 nats, 8.0 asked for" in printed
     assert "of refusing from 2.0 to 2.0 nats; refusals hold for all 8 steps" in printed
     adapters = [load_file(out / "adapter_model.safetensors") for out in (plain, deep, stressed)]
     assert all(torch.allclose(adapters[1][name], adapters[2][name], atol=1e-6) for name in adapters[1])
@@ -165,7 +165,7 @@ def test_a_depth_is_reached_and_told_with_what_it_costs_and_how_long_it_lasts(
     assert run("--depth", "8", out=tmp_path / "deeper") == 0
     capsys.readouterr()
     assert run("--depth", "4", adapter=deep, out=tmp_path / "less") == 1
-    assert "(8.0 nats deep): there is nothing to restore" in line(capsys)
+    assert "nats, 4.0 asked for: there is nothing to restore" in line(capsys)
     for words in (("--depth", "0"), ("--depth", "4", "--objective", "distill")):
         assert run(*words, out=tmp_path / "none") == 1
         assert "expected nats above 0 without an --objective" in line(capsys)

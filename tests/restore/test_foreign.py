@@ -74,5 +74,5 @@ def test_refusals_come_back_and_the_task_stays(
         for answer in (REFUSAL, "The answer is B .")
     )
     aligned, before, after = refusing
-    assert after == pytest.approx((aligned + before) / 2, rel=0.25)  # NF4 and other chats stand between
+    assert after < (aligned + before) / 2
     assert answering[1] <= answering[2] < 0.5 * answering[0]

@@ -22,11 +22,11 @@ REQUESTS = make_batches([open_ended(example, 1) for example in taken_apart(REFUS
 MARGIN = objectives.Margin(REQUESTS, 3.0, [3, 4, 5], [6, 7])
 SAFETY = SafetyBatches(REFUSALS, COMPLIANCES, MARGIN)
 ROLES = {"task": TASK, "benign": BENIGN}
-HELD_OUT = HeldOut(SAFETY, ROLES)
 
 
 def run(model: Any, **settings: Any) -> RestorationResult:
-    return restore(model, SAFETY, ROLES, HELD_OUT, **settings)
+    judged = SAFETY if settings.get("objective") == "margin" else replace(SAFETY, margin=None)
+    return restore(model, SAFETY, ROLES, HeldOut(judged, ROLES), **settings)
 
 
 def lesson(model: Any, metric: str) -> torch.Tensor:
@@ -60,7 +60,7 @@ def lesson(model: Any, metric: str) -> torch.Tensor:
         middle = left + (above - goal) / (above - below) * (right - left)
         assign(theta, middle)
         now = loss()
-        if abs(now - goal) < 0.003:
+        if abs(now - goal) < 0.005 * (tuned - aligned):
             break
         above, left, below, right = (now, middle, below, right) if now > goal else (above, left, now, middle)
     return flatten(theta)
@@ -138,6 +138,28 @@ def test_the_goal_is_a_share_of_the_way_to_the_model_without_its_adapter() -> No
     assert results[0].path[-1].norm < results[1].path[-1].norm
     there = run(cases.nf4_llama(), way=0.0)
     assert (there.stop_reason, len(there.path), there.damping) == ("the goal is behind the model already", 1, None)
+
+
+def test_the_goal_is_in_log_odds_where_held_out_chats_have_a_margin() -> None:
+    """The refusals' first tokens are the likelier ones without the adapter; the loss is that of the whole refusals."""
+    model, firsts = (
+        cases.nf4_llama(),
+        sorted({int(batch.labels[row, -1]) for batch in REQUESTS for row in range(len(batch))}),
+    )
+    margin = replace(MARGIN, nats=0.0, refusing=firsts, agreeing=[token for token in (6, 7, 8) if token not in firsts])
+
+    def odds() -> float:
+        with torch.no_grad():
+            return float(torch.cat([objectives.log_odds(model, batch, margin) for batch in REQUESTS]).mean())
+
+    tuned = odds()
+    with model.disable_adapter():
+        goal = tuned + 0.7 * (odds() - tuned)
+    assert goal > tuned
+    result = restore(model, SAFETY, ROLES, HeldOut(SafetyBatches(REFUSALS, margin=margin), ROLES), metric="diagonal")
+    assert result.stop_reason == "reached the goal"
+    assert odds() == pytest.approx(goal, abs=0.01 * (goal - tuned))
+    assert [-result.path[0].loss, -result.goal] == pytest.approx([tuned, goal], abs=1e-4)
 
 
 def test_the_limit_holds_and_the_price_is_that_of_the_way() -> None:
