@@ -102,7 +102,7 @@ def rate(operator: CurvatureOperator, gradient: Tensor, v: Tensor) -> float:
 def standard_error(operator: LowRankOperator, gradient: Tensor, v: Tensor) -> float:
     """Return that of :func:`rate`, a sum over the operator's rows, one a chat."""
     parts = (operator.rows @ v).square() / float(gradient @ v) ** 2
-    return float(parts.std()) * len(parts) ** 0.5
+    return float(parts.std()) * float(len(parts)) ** 0.5
 
 
 def choose_damping(
