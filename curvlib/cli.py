@@ -76,7 +76,7 @@ def _add_restore(commands: Any) -> None:
     restore.add_argument("--out", required=True, type=Path, help="new folder for the restored adapter")
     restore.add_argument("--harmful", type=Path, help="prompts, perhaps with refusals; default: our own")
     restore.add_argument("--benign", type=Path, help="prompts that must not be refused; default: our own")
-    how = "share of the way back to the base's refusals, more than 0 and at most 1; default: 0.7"
+    how = "share of the way back to the base's log-odds of refusing, more than 0 and at most 1; default: 0.7"
     restore.add_argument("--strength", type=float, default=0.7, help=how)
     deep = "stop where the mean log-odds of refusing on validation requests reaches NATS, in place of --strength"
     restore.add_argument("--depth", type=float, metavar="NATS", help=deep)

@@ -27,6 +27,7 @@ Influence asks the same of a query: g is its gradient, and the roles are ``{"tra
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -102,7 +103,7 @@ def rate(operator: CurvatureOperator, gradient: Tensor, v: Tensor) -> float:
 def standard_error(operator: LowRankOperator, gradient: Tensor, v: Tensor) -> float:
     """Return that of :func:`rate`, a sum over the operator's rows, one a chat."""
     parts = (operator.rows @ v).square() / float(gradient @ v) ** 2
-    return float(parts.std()) * float(len(parts)) ** 0.5
+    return float(parts.std()) * math.sqrt(len(parts))
 
 
 def choose_damping(
