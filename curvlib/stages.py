@@ -116,12 +116,13 @@ def key(tier: Tier, *places: str | Path) -> dict[str, Any]:
     return {"models": [*map(models.identity, places)], **models.machine(tier.device)}
 
 
-def aligned_source(tier: Tier) -> str:
+def aligned_source(tier: Tier, shallow: bool = False) -> str:
     """Return where the aligned chat model is: a Hub chat model as shipped, or SmolLM2 with the committed adapter.
 
-    SmolLM2 as shipped refuses hardly any harmful prompt. :mod:`curvlib.aligned` tells how the adapter was trained.
+    SmolLM2 as shipped refuses hardly any harmful prompt. :mod:`curvlib.aligned` tells how the adapter was trained, and
+    its ``shallow`` twin. A Hub model has no twin but itself: another model's would not read its tokens.
     """
-    return merged(committed()) if tier.model == models.DEFAULT else tier.model
+    return merged(committed(shallow)) if tier.model == models.DEFAULT else tier.model
 
 
 def committed(shallow: bool = False) -> Path:
