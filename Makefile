@@ -35,7 +35,7 @@ study: setup ## Run a study, notebooks/studies/*NAME*.ipynb, into runs/studies; 
 	$(RUN) -m curvlib run --studies --only "$(NAME)" --tier $(TIER) --seed $(SEED) $(PARAMS)
 
 test: lint ## Check style and types, then run all tests, the notebooks at tier ci among them.
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 lint: setup ## Check style with ruff and types with mypy.
 	$(RUN) -m ruff check .

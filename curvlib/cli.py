@@ -166,9 +166,9 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _literal(text: str) -> object:
-    """A number, true, false or null as JSON has it; any other text as it is."""
+    """A number, true, false or null as JSON or Python has it; any other text as it is."""
     try:
-        return json.loads(text)
+        return json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
     except ValueError:
         return text
 

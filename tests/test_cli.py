@@ -99,12 +99,12 @@ def test_options_reach_the_runner_and_failures_the_exit_status(
     outcomes = [runner.Outcome("00_a", "ran"), runner.Outcome("01_b", "kept")]
     assert main(["run"]) == 0
     outcomes.append(runner.Outcome("02_c", "failed", fault="x"))
-    words = "run --tier ci --seed 3 --only 00,1 --fresh --keep-outputs --studies --limit 0.5 -p rate 0.1 -p part mixed"
+    words = "run --tier ci --seed 3 --only 00,1 --fresh --keep-outputs --studies --limit 0.5 -p part mixed -p all False"
     assert main(words.split()) == 1
     assert error_line(capsys) == "1 of 3 notebooks failed: 02_c"
     usual = {"parameters": {}, "fresh": False, "keep_outputs": False, "hours": 3.0}
     folders = {"notebooks": ROOT / "notebooks", "runs": ROOT / "runs"}
-    other = {"parameters": {"rate": 0.1, "part": "mixed"}, "fresh": True, "keep_outputs": True, "hours": 0.5}
+    other = {"parameters": {"part": "mixed", "all": False}, "fresh": True, "keep_outputs": True, "hours": 0.5}
     assert seen == [
         (("cpu", 0, ()), usual | folders),
         (("ci", 3, ["00", "1"]), other | {name: folder / "studies" for name, folder in folders.items()}),

@@ -142,7 +142,8 @@ def test_reproduce_and_test_do_what_they_say(fresh: Path) -> None:
     asked = "-m curvlib run --studies --only price --tier cpu --seed 1 -p rate 0.1"
     assert make(fresh, "study", "NAME=price", "SEED=1", "PARAMS=-p rate 0.1") == (0, [asked])
     assert make(fresh, "study") == (2, [])
-    assert make(fresh, "test") == (0, ["-m ruff check .", "-m mypy", "-m pytest"])
+    tests = "-m pytest -n 2 --dist loadgroup --no-loadscope-reorder"
+    assert make(fresh, "test") == (0, ["-m ruff check .", "-m mypy", tests])
     assert make(fresh, "test", fail="mypy") == (2, ["-m ruff check .", "-m mypy"])
 
 
