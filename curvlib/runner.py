@@ -190,7 +190,7 @@ def execute(source: Path, target: Path, values: Mapping[str, object], limit_s: f
     """
     job = json.dumps([str(source.resolve()), str(target.resolve()), dict(values), os.getpid()])
     environment = {
-        "GLIBC_TUNABLES": HUGE_PAGES,
+        **({} if values.get("tier") == "gpu" else {"GLIBC_TUNABLES": HUGE_PAGES}),  # a checkpoint of 7 B would stay
         **os.environ,
         "TQDM_DISABLE": "1",  # a bar on stderr would be a fault
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",
