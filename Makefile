@@ -4,6 +4,7 @@ TORCH ?= torch==2.13.0
 TIER ?= cpu
 SEED ?= 0
 BENCH ?= curvature
+WORKERS ?= 2
 
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -15,7 +16,7 @@ STAMP := $(VENV)/.ready-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -f1)
 
 help: ## List the targets, one line of prose each.
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
-	@echo "Variables: TIER=$(TIER) SEED=$(SEED) PYTHON=$(PYTHON) TORCH=$(TORCH) BENCH=$(BENCH)"
+	@echo "Variables: TIER=$(TIER) SEED=$(SEED) PYTHON=$(PYTHON) TORCH=$(TORCH) BENCH=$(BENCH) WORKERS=$(WORKERS)"
 
 setup: $(STAMP) ## Make the virtual environment in .venv and install curvlib with all it needs.
 
@@ -34,8 +35,8 @@ study: setup ## Run a study, notebooks/studies/*NAME*.ipynb, into runs/studies; 
 	@test -n "$(NAME)" || { ls notebooks/studies; echo 'which study? make study NAME=...' >&2; exit 2; }
 	$(RUN) -m curvlib run --studies --only "$(NAME)" --tier $(TIER) --seed $(SEED) $(PARAMS)
 
-test: lint ## Check style and types, then run all tests, the notebooks at tier ci among them.
-	$(RUN) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+test: lint ## Check style and types, then run all tests and every notebook at tier ci, WORKERS at once, 5 GB each.
+	$(RUN) -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 lint: setup ## Check style with ruff and types with mypy.
 	$(RUN) -m ruff check .
