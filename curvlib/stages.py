@@ -117,10 +117,10 @@ def key(tier: Tier, *places: str | Path) -> dict[str, Any]:
 
 
 def aligned_source(tier: Tier, shallow: bool = False) -> str:
-    """Return where the aligned chat model is: a Hub chat model as shipped, or SmolLM2 with the committed adapter.
+    """Return where the aligned chat model is: Qwen or a Hub model as shipped, or SmolLM2 with the committed adapter.
 
     SmolLM2 as shipped refuses hardly any harmful prompt. :mod:`curvlib.aligned` tells how the adapter was trained, and
-    its ``shallow`` twin. A Hub model has no twin but itself: another model's would not read its tokens.
+    its ``shallow`` twin. Another model has no twin but itself, since SmolLM2's would not read its tokens.
     """
     return merged(committed(shallow)) if tier.model == models.DEFAULT else tier.model
 

@@ -17,7 +17,7 @@ class Tier:
     Attributes:
         name: ``ci``, ``cpu`` or ``gpu``.
         device: where the model runs.
-        model: ``smollm2``, or the Hub id of a chat model that the variable ``CURVLIB_MODEL`` names.
+        model: ``smollm2``, or what the variable ``CURVLIB_MODEL`` names: ``qwen``, or the Hub id of a chat model.
         tune_steps: optimiser steps of a LoRA fine-tune; a full fine-tune takes the same number.
         tune_batch: chats a step of a fine-tune.
         tune_examples: chats in a fine-tuning set.

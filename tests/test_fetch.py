@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,61 @@ def test_a_full_disk_during_pip_is_one_line(tmp_path: Path, monkeypatch: pytest.
         fetch.fetch("toy")
 
 
+@pytest.fixture
+def cut(index: Path, monkeypatch: pytest.MonkeyPatch) -> fetch.Source:
+    """A source "whole" that two wheels hold, one word each, behind a Hub that is out of reach."""
+    parts = []
+    for number, word in enumerate(("one ", "two")):
+        name = f"half{number}-1.0-py3-none-any.whl"
+        with zipfile.ZipFile(index / NAME) as toy, zipfile.ZipFile(index / name, "w") as wheel:
+            for info in toy.infolist()[1:]:
+                wheel.writestr(info.filename.replace("toy", f"half{number}"), toy.read(info).replace(b"toy", b"half0"))
+            wheel.writestr("part.bin", word)
+        sha256 = hashlib.sha256((index / name).read_bytes()).hexdigest()
+        parts.append(fetch.Source(f"half{number}", "1.0", name, sha256, 1, ["part.bin"], "", ""))
+    sha256 = hashlib.sha256(b"one two").hexdigest()
+    whole = fetch.Source("", "", "whole.bin", sha256, 7, [], "", "", "org/whole", tuple(parts))
+    monkeypatch.setattr(fetch, "registry", lambda: {"whole": whole})
+    hub(monkeypatch, None)
+    return whole
+
+
+def hub(monkeypatch: pytest.MonkeyPatch, content: bytes | None) -> None:
+    """Let the Hub hold ``content`` as org/whole's whole.bin, or be out of reach (None)."""
+
+    def download(repository: str, file: str, local_dir: Path) -> str:
+        assert (repository, file) == ("org/whole", "whole.bin")
+        if content is None:
+            raise OSError("no network")
+        (local_dir / file).write_bytes(content)
+        return str(local_dir / file)
+
+    monkeypatch.setattr(fetch, "hf_hub_download", download)
+
+
+def test_a_file_in_several_wheels_is_joined_and_its_own_hash_judges(
+    cut: fetch.Source, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fetch.extract("whole", tmp_path / "whole")
+    assert (tmp_path / "whole").read_bytes() == b"one two"
+    assert sorted(path.name for path in cache_dir().rglob("*.whl")) == [part.file for part in cut.parts]
+    turned = replace(cut, parts=cut.parts[::-1])
+    monkeypatch.setattr(fetch, "registry", lambda: {"whole": turned})
+    with pytest.raises(CurvlibError, match=r"^the parts of whole.bin have SHA-256 \w+, expected \w+: .*$"):
+        fetch.extract("whole", tmp_path / "whole")
+
+
+@pytest.mark.usefixtures("cut")
+@pytest.mark.parametrize("content", [b"one two", b"another"])
+def test_the_hub_is_first_and_another_file_there_is_not_taken(
+    content: bytes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    hub(monkeypatch, content)
+    fetch.extract("whole", tmp_path / "whole")
+    assert (tmp_path / "whole").read_bytes() == b"one two"
+    assert bool(list(cache_dir().rglob("*.whl"))) == (content != b"one two")
+
+
 def run_fetch(environment: dict[str, str]) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", SCRIPT, NAME, fetch.registry()["toy"].sha256]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | environment)
@@ -128,9 +184,10 @@ def test_a_download_killed_halfway_leaves_nothing_and_is_done_again(tmp_path: Pa
 
 def test_the_registry_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    for source in fetch.registry().values():
+    for name, source in fetch.registry().items():
         assert re.fullmatch(r"[0-9a-f]{64}", source.sha256)
-        assert source.file.endswith(".whl")
+        assert all(wheel.file.endswith(".whl") for wheel in source.parts or (source,))
+        assert bool(source.parts) == (name == "qwen")
         assert source.licence
         assert source.upstream.startswith("https://")
 

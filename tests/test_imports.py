@@ -19,7 +19,7 @@ LAYERS = (
     ("artifacts", "fetch"),
     ("parameters", "nf4", "prefix", "rows", "sources", "template"),
     ("batches", "checkpoint"),
-    ("smollm2",),
+    ("packaged",),
     ("models",),
     ("tiers", "data", "facts", "generate"),
     ("answers", "finetune"),
