@@ -259,7 +259,7 @@ def _fine_tune(
     if full:
         models.save_dense(model, tokenizer, place / "model")
     else:
-        model.save_pretrained(place / "model")
+        model.save_pretrained(place / "model", save_embedding_layers=False)  # else peft asks the Hub for the base
 
 
 def load_fine_tuned(tier: Tier, recipe: FineTune) -> PreTrainedModel | PeftModel:
