@@ -23,7 +23,7 @@ MODELS = {"smollm2": "SmolLM2-135M-Instruct", "qwen": "Qwen2.5-Coder-0.5B-Instru
 def prepare(name: str) -> Path:
     """Return the folder of a packaged model in bfloat16 safetensors, made once from its 4-bit GGUF file.
 
-    SmolLM2 takes about half a minute and 1.5 GB of memory, Qwen a minute and 5 GB.
+    SmolLM2 takes about half a minute and 1.5 GB of memory, Qwen a minute and 4 GB.
     """
 
     def build(target: Path) -> None:
