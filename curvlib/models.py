@@ -132,9 +132,8 @@ def machine(device: str) -> dict[str, str]:
 def identity(source: str | Path) -> str:
     """Return what tells a model or an adapter from every other one, for the keys of what is made with it.
 
-    A Hub id is told by its revision, ``smollm2`` and ``qwen`` by their hash in the registry. A folder is told by a
-    SHA-256 of its files: weights, configuration, generation settings, tokenizer and template. Where it lies does not
-    count.
+    A Hub id is told by its revision, ``smollm2`` and ``qwen`` by their hash in the registry, and a folder, wherever it
+    lies, by a SHA-256 of its files: weights, configuration, generation settings, tokenizer and template.
 
     Raises:
         CurvlibError: no such model.
